@@ -1,0 +1,34 @@
+// Package agentv1 is version 1 of the protocol between host and guest agent:
+// the messages, the generated ttrpc code, and the names and limits that both
+// sides must agree on. Nothing else belongs here, so that host and guest share
+// a protocol and no code.
+package agentv1
+
+const (
+	// ProtocolVersion is sent in Hello by both sides. A host refuses an agent
+	// whose version differs.
+	ProtocolVersion = 1
+
+	// SerialPortName is the name of the agent's virtio-serial port, as the
+	// guest reads it from /sys/class/virtio-ports/*/name.
+	SerialPortName = "org.runv.agent.0"
+
+	// VsockPort is where the agent listens when the transport is vsock.
+	VsockPort = 1024
+
+	// ShareTag is the mount tag of the pod's shared directory.
+	ShareTag = "runv"
+
+	// ShareDir is where the agent mounts a share, followed by its tag.
+	ShareDir = "/run/runv/share"
+
+	// MaxStreamHeader bounds the encoded StreamHeader that begins each stream, in bytes.
+	MaxStreamHeader = 4096
+
+	// MaxMessage bounds one ttrpc message, in bytes (ttrpc's own limit).
+	MaxMessage = 4 << 20
+
+	// StreamWindow is yamux's receive window of one stream, in bytes: what a
+	// side must be ready to buffer for a stream that nobody reads.
+	StreamWindow = 256 << 10
+)

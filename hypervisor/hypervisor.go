@@ -1,0 +1,185 @@
+// Package hypervisor says what a driver of virtual machines must be able to do,
+// in the fewest words that the rest of runv needs: a Driver starts a VM from a
+// Config, a VM is talked to, paused, ended and waited for.
+//
+// The life of a VM:
+//
+//	Driver.Start ──▶ running ──Pause──▶ paused ──Resume──▶ running
+//	                    └───────Kill, guest power-off, crash───────▶ ended (Done is closed)
+//
+// A VM that ended stays ended; every method but Done, Exit and ConsoleTail then
+// fails with ErrEnded. Drivers live in packages below this one and import
+// nothing else of runv.
+package hypervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+)
+
+var (
+	// ErrEnded is returned by a method of a VM that has ended.
+	ErrEnded = errors.New("the virtual machine has ended")
+	// ErrUnsupported is wrapped by a driver that cannot do what a Config asks.
+	ErrUnsupported = errors.New("not supported by this hypervisor driver")
+)
+
+// Transport is how the bytes between host and guest agent travel.
+type Transport string
+
+// The transports. TransportSerial works everywhere; TransportVsock needs the
+// host's vhost-vsock device and a Config.CID.
+const (
+	TransportSerial Transport = "serial"
+	TransportVsock  Transport = "vsock"
+)
+
+// Share is a directory of the host that the guest can mount by its tag.
+type Share struct {
+	// Tag is the virtio mount tag, 1 to 31 bytes.
+	Tag string
+	// Path is an absolute directory of the host.
+	Path string
+	// ReadOnly is enforced on the host's side.
+	ReadOnly bool
+}
+
+// NIC is one network card of the VM.
+type NIC struct {
+	// MAC is the hardware address; nil lets the driver derive one from the
+	// VM's name.
+	MAC net.HardwareAddr
+	// User connects the card to the hypervisor's own user-mode stack. Without
+	// it the card has no peer.
+	User bool
+}
+
+// Config is what a VM is made of. The zero value of a field marked optional
+// means the driver's default.
+type Config struct {
+	// Name appears in the process list and in errors: the pod's id.
+	Name string
+	// Machine is the driver's machine type; optional.
+	Machine string
+	// VCPUs is at least 1.
+	VCPUs int
+	// MemoryMiB is the ceiling of the guest's memory, at least 64. It is not a
+	// reservation: pages cost when the guest touches them.
+	MemoryMiB int
+	// Kernel and Initrd are files that the driver's machine type can boot.
+	Kernel, Initrd string
+	// KernelParams is appended to the driver's own command line; optional.
+	KernelParams string
+	// Transport of the agent; optional, default TransportSerial.
+	Transport Transport
+	// CID is the guest's vsock address, 3 or more; only with TransportVsock.
+	CID uint32
+	// SerialPort names the agent's virtio-serial port.
+	SerialPort string
+	// VsockPort is where the agent listens with TransportVsock.
+	VsockPort uint32
+	Shares    []Share
+	NICs      []NIC
+	// ConsoleLog is a file for what the guest's console prints; optional. It
+	// is cut off at ConsoleLimit bytes (0: 1 MiB).
+	ConsoleLog   string
+	ConsoleLimit int64
+	// Confine starts the hypervisor in a sandbox of its own: system call
+	// filter, mount namespace and capabilities as far as the driver has them.
+	Confine bool
+}
+
+// Validate reports the first field of c that no driver could accept.
+func (c *Config) Validate() error {
+	switch {
+	case c.Name == "":
+		return errors.New("vm config: name is empty")
+	case c.VCPUs < 1:
+		return fmt.Errorf("vm config: vcpus is %d, want 1 or more", c.VCPUs)
+	case c.MemoryMiB < 64:
+		return fmt.Errorf("vm config: memory is %d MiB, want 64 or more", c.MemoryMiB)
+	case c.Kernel == "":
+		return errors.New("vm config: kernel is empty")
+	case c.Initrd == "":
+		return errors.New("vm config: initrd is empty")
+	case c.Transport == TransportVsock && c.CID < 3:
+		return fmt.Errorf("vm config: vsock cid is %d, want 3 or more", c.CID)
+	case c.Transport != "" && c.Transport != TransportSerial && c.Transport != TransportVsock:
+		return fmt.Errorf("vm config: transport is %q, want %q or %q", c.Transport, TransportSerial, TransportVsock)
+	}
+	tags := make(map[string]bool, len(c.Shares))
+	for i, s := range c.Shares {
+		if s.Tag == "" || len(s.Tag) > 31 || tags[s.Tag] {
+			return fmt.Errorf("vm config: shares[%d].tag is %q, want 1 to 31 bytes and no tag twice", i, s.Tag)
+		}
+		if s.Path == "" || s.Path[0] != '/' {
+			return fmt.Errorf("vm config: shares[%d].path is %q, want an absolute path", i, s.Path)
+		}
+		tags[s.Tag] = true
+	}
+	return nil
+}
+
+// Driver starts VMs with one kind of hypervisor.
+type Driver interface {
+	// Name is the driver's name as driverloader.Probe takes it.
+	Name() string
+	// Version of the hypervisor program, for reports.
+	Version() string
+	// Start boots a VM and returns as soon as the hypervisor runs it; the
+	// guest may still be booting. When ctx ends before that, nothing is left
+	// of the VM. Afterwards ctx has no effect on it.
+	Start(ctx context.Context, c Config) (VM, error)
+}
+
+// VM is one virtual machine. Its methods may be called from any goroutine.
+// Whoever started it must Kill it and wait for Done, else its process stays
+// until the starter's own process ends, which ends it too.
+type VM interface {
+	// Pid of the hypervisor's process on the host.
+	Pid() int
+	// DialAgent opens the byte stream to the guest agent. With TransportSerial
+	// there is one stream for the life of the VM, ready at once; bytes written
+	// before the agent listens wait. A second call while the first connection
+	// is open fails. With TransportVsock it retries until the agent listens or
+	// ctx ends.
+	DialAgent(ctx context.Context) (net.Conn, error)
+	// Pause stops the vCPUs; it returns when they stand.
+	Pause(ctx context.Context) error
+	// Resume lets them go on.
+	Resume(ctx context.Context) error
+	// Kill ends the VM at once. It does not wait; Done tells. It may be called
+	// any number of times.
+	Kill()
+	// Done is closed when the hypervisor's process has ended and been reaped.
+	Done() <-chan struct{}
+	// Exit tells how the VM ended; it blocks until Done is closed.
+	Exit() Exit
+	// ConsoleTail returns the last lines that the guest's console printed, at
+	// most 40, the oldest first.
+	ConsoleTail() []string
+}
+
+// Exit is how a VM ended.
+type Exit struct {
+	// Killed is true after a call of Kill.
+	Killed bool
+	// Code and Signal of the hypervisor's process; Signal is 0 if it exited.
+	Code, Signal int
+	// Stderr is the end of what the hypervisor printed, for errors.
+	Stderr string
+}
+
+// String is one line for an error message.
+func (e Exit) String() string {
+	s := fmt.Sprintf("exited with code %d", e.Code)
+	if e.Signal != 0 {
+		s = fmt.Sprintf("was killed by signal %d", e.Signal)
+	}
+	if e.Stderr != "" {
+		s += ": " + e.Stderr
+	}
+	return s
+}
