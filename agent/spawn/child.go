@@ -1,0 +1,359 @@
+package spawn
+
+import (
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Descriptors of the child beside 0, 1 and 2, until execve closes them.
+const (
+	reportFD = 3
+	goFD     = 4
+	firstFD  = 5 // and all above: closed
+)
+
+const signals = 64
+
+// cloneArgs is struct clone_args of clone3(2), CLONE_ARGS_SIZE_VER2.
+type cloneArgs struct {
+	flags, pidFD, childTID, parentTID, exitSignal, stack, stackSize, tls uint64
+	setTID, setTIDSize, cgroup                                           uint64
+}
+
+type capHeader struct {
+	version uint32
+	pid     int32
+}
+
+type capData struct {
+	effective, permitted, inheritable uint32
+}
+
+// sigaction is the kernel's struct sigaction, large enough on every
+// architecture. All zero is SIG_DFL.
+type sigaction struct {
+	handler, flags, restorer, mask uint64
+}
+
+type sockFprog struct {
+	len    uint16
+	filter *byte
+}
+
+type report struct {
+	step  uint32
+	errno uint32
+}
+
+// params is all that the child reads and writes, laid out before the clone.
+type params struct {
+	clone  cloneArgs
+	pidFD  int32
+	path   *byte
+	argv   []*byte
+	envv   []*byte
+	dir    *byte
+	files  [3]int
+	report int
+	goPipe int
+	setns  []int
+
+	becomeRoot, hold, wait bool
+	unshare                uintptr
+	setsid, ctty           bool
+	setUser                bool
+	uid, gid               uintptr
+	groups                 []uint32
+	setUmask               bool
+	umask                  uintptr
+	setCaps                bool
+	bounding, ambient      uint64
+	capHdr                 capHeader
+	capData                [2]capData
+	noNewPrivs             bool
+	filter                 *sockFprog
+	filterFlags            uintptr
+
+	// Scratch space of the child.
+	msg    report
+	buf    [8]byte
+	action sigaction
+	mask   uint64
+}
+
+// fork clones the calling thread. It returns in the parent only.
+//
+// It and all that it calls after beforeFork must neither allocate nor grow the
+// stack; the child's part is nosplit for that.
+//
+//go:noinline
+//go:norace
+//go:nocheckptr
+func fork(p *params) (pid uintptr, errno syscall.Errno) {
+	beforeFork()
+	p.clone.pidFD = uint64(uintptr(unsafe.Pointer(&p.pidFD)))
+	pid, _, errno = syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&p.clone)), unsafe.Sizeof(p.clone), 0)
+	if errno == 0 && pid == 0 {
+		child(p)
+	}
+	afterFork()
+	return pid, errno
+}
+
+// child runs in the child and does not return.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func child(p *params) {
+	var (
+		i     uintptr
+		n     uintptr
+		step  Step
+		errno syscall.Errno
+		again bool
+	)
+
+	// Signals are blocked. Handlers of the Go runtime must never run here, and
+	// the program starts with the default ones, also where this process was
+	// started with some ignored.
+	for i = 1; i <= signals; i++ {
+		syscall.RawSyscall6(unix.SYS_RT_SIGACTION, i, uintptr(unsafe.Pointer(&p.action)), 0, 8, 0, 0)
+	}
+	// This is a copy of the agent's memory: nobody in the container may look.
+	syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+
+	// Reports go to the parent's number for the pipe until the descriptors are
+	// in place.
+	for i = 0; i < uintptr(len(p.setns)); i++ {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETNS, uintptr(p.setns[i]), 0, 0); errno != 0 {
+			step = StepSetns
+			goto failed
+		}
+	}
+
+	for i = 0; i < 3; i++ {
+		if p.files[i] < 0 {
+			syscall.RawSyscall(unix.SYS_CLOSE, i, 0, 0)
+			continue
+		}
+		if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.files[i]), i, 0); errno != 0 {
+			step = StepFiles
+			goto failed
+		}
+	}
+	if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.report), reportFD, unix.O_CLOEXEC); errno != 0 {
+		step = StepFiles
+		goto failed
+	}
+	p.report = reportFD
+	if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.goPipe), goFD, unix.O_CLOEXEC); errno != 0 {
+		step = StepFiles
+		goto failed
+	}
+	// Really closed and not only marked: a child that waits must not keep
+	// other processes' pipes from ending.
+	if _, _, errno = syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0); errno != 0 {
+		step = StepFiles
+		goto failed
+	}
+
+	if !awaitGo(p) {
+		goto abandoned
+	}
+	if p.becomeRoot {
+		// EINVAL: the namespace does not map 0.
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETRESGID, 0, 0, 0); errno != 0 && errno != unix.EINVAL {
+			step = StepUserRoot
+			goto failed
+		}
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETRESUID, 0, 0, 0); errno != 0 && errno != unix.EINVAL {
+			step = StepUserRoot
+			goto failed
+		}
+		syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+	}
+	if p.unshare != 0 {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_UNSHARE, p.unshare, 0, 0); errno != 0 {
+			step = StepUnshare
+			goto failed
+		}
+	}
+	if p.hold {
+		tell(p, stepHeld, 0)
+		if !awaitGo(p) {
+			goto abandoned
+		}
+	}
+
+	if p.setsid {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETSID, 0, 0, 0); errno != 0 {
+			step = StepSetsid
+			goto failed
+		}
+	}
+	if p.ctty {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0); errno != 0 {
+			step = StepCtty
+			goto failed
+		}
+	}
+
+	if p.noNewPrivs {
+		if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); errno != 0 {
+			step = StepNoNewPrivs
+			goto failed
+		}
+	} else if p.filter != nil {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, p.filterFlags, uintptr(unsafe.Pointer(p.filter))); errno != 0 {
+			step = StepSeccomp
+			goto failed
+		}
+	}
+
+	if p.dir != nil {
+		_, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(p.dir)), 0, 0)
+		switch errno {
+		case 0:
+		case unix.EACCES, unix.EPERM:
+			again = true
+		default:
+			step = StepChdir
+			goto failed
+		}
+	}
+	if p.setCaps {
+		for i = 0; i < 64; i++ {
+			if p.bounding&(1<<i) != 0 {
+				continue
+			}
+			_, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, i, 0, 0, 0, 0)
+			if errno == unix.EINVAL { // above the kernel's last capability
+				break
+			}
+			if errno != 0 {
+				step = StepBounding
+				goto failed
+			}
+		}
+	}
+	if p.setUser {
+		if p.setCaps {
+			if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0, 0); errno != 0 {
+				step = StepKeepCaps
+				goto failed
+			}
+		}
+		n = 0
+		if len(p.groups) > 0 {
+			n = uintptr(unsafe.Pointer(&p.groups[0]))
+		}
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(p.groups)), n, 0); errno != 0 {
+			step = StepGroups
+			goto failed
+		}
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETRESGID, p.gid, p.gid, p.gid); errno != 0 {
+			step = StepGID
+			goto failed
+		}
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SETRESUID, p.uid, p.uid, p.uid); errno != 0 {
+			step = StepUID
+			goto failed
+		}
+		if p.setCaps {
+			if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 0, 0, 0, 0, 0); errno != 0 {
+				step = StepKeepCaps
+				goto failed
+			}
+		}
+		// A change of user may have put back what the sysctl fs.suid_dumpable says.
+		syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+	}
+	if again {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(p.dir)), 0, 0); errno != 0 {
+			step = StepChdir
+			goto failed
+		}
+	}
+	if p.setUmask {
+		syscall.RawSyscall(unix.SYS_UMASK, p.umask, 0, 0)
+	}
+	if p.setCaps {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.capHdr)), uintptr(unsafe.Pointer(&p.capData[0])), 0); errno != 0 {
+			step = StepCapset
+			goto failed
+		}
+		if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0, 0); errno != 0 {
+			step = StepAmbient
+			goto failed
+		}
+		for i = 0; i < 64; i++ {
+			if p.ambient&(1<<i) == 0 {
+				continue
+			}
+			if _, _, errno = syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, i, 0, 0, 0); errno != 0 {
+				step = StepAmbient
+				goto failed
+			}
+		}
+	}
+
+	tell(p, stepReady, 0)
+	if p.wait {
+		if !awaitGo(p) {
+			goto abandoned
+		}
+	}
+	tell(p, stepExecing, 0)
+	syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
+	if p.noNewPrivs && p.filter != nil {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, p.filterFlags, uintptr(unsafe.Pointer(p.filter))); errno != 0 {
+			step = StepSeccomp
+			goto failed
+		}
+	}
+	_, _, errno = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.path)), uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
+	step = StepExec
+
+failed:
+	tell(p, step, errno)
+abandoned:
+	for {
+		syscall.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
+	}
+}
+
+// tell writes one report.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func tell(p *params, step Step, errno syscall.Errno) {
+	p.msg.step = uint32(step)
+	p.msg.errno = uint32(errno)
+	for {
+		_, _, errno = syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.report), uintptr(unsafe.Pointer(&p.msg)), unsafe.Sizeof(p.msg))
+		if errno != unix.EINTR {
+			return
+		}
+	}
+}
+
+// awaitGo reads one byte of the parent; false: the parent gave up.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func awaitGo(p *params) bool {
+	var n uintptr
+	var errno syscall.Errno
+	for {
+		n, _, errno = syscall.RawSyscall(unix.SYS_READ, goFD, uintptr(unsafe.Pointer(&p.buf)), 1)
+		if errno == unix.EINTR {
+			continue
+		}
+		return errno == 0 && n == 1
+	}
+}

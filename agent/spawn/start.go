@@ -1,0 +1,400 @@
+package spawn
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const namespaceFlags = unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
+	unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWCGROUP | unix.CLONE_NEWTIME
+
+// highFD is above all descriptors that the child arranges.
+const highFD = 16
+
+// defaultNofile is the soft limit of open files that programs expect.
+const defaultNofile = 1024
+
+// Child is a process that Start made. Its methods are called by one goroutine
+// at a time, but Release may be called while ExecError blocks. The owner calls
+// Close when it needs none of them any more; a child that still waits then
+// ends.
+type Child struct {
+	// Pid in the pid namespace of this process.
+	Pid int
+	// PidFD refers to the child also after its pid was reused. Close closes it.
+	PidFD *os.File
+
+	reports *os.File
+	goPipe  *os.File
+	state   childState
+	err     error
+}
+
+// childState is how far the child has come.
+//
+//	born ──held──▶ held ──ready──▶ ready ──execing──▶ execing ──closed──▶ executed
+//	  └──────────────ready───────────┘
+//	any ──report of a failure, or closed before execing──▶ failed
+type childState int
+
+const (
+	stateBorn childState = iota
+	stateHeld
+	stateReady
+	stateExecing
+	stateExecuted
+	stateFailed
+)
+
+// Start makes the child. When it returns without an error the child is held
+// (Spec.Hold), waits for Release (Spec.Wait), or is about to execute its
+// program; ExecError tells the end of that. An *Error says which step failed.
+func Start(s *Spec) (*Child, error) {
+	if err := s.validate(); err != nil {
+		return nil, err
+	}
+	p, err := newParams(s)
+	if err != nil {
+		return nil, err
+	}
+	var own []int // descriptors that only the child needs
+	defer func() {
+		for _, fd := range own {
+			_ = unix.Close(fd)
+		}
+	}()
+	dup := func(fd int) (int, error) {
+		n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, highFD)
+		if err != nil {
+			return -1, fmt.Errorf("spawn: duplicate descriptor %d: %w", fd, err)
+		}
+		own = append(own, n)
+		return n, nil
+	}
+
+	for i, f := range s.Files {
+		p.files[i] = -1
+		if f == nil {
+			continue
+		}
+		if p.files[i], err = dup(int(f.Fd())); err != nil {
+			return nil, err
+		}
+	}
+	for _, f := range s.Setns {
+		fd, err := dup(int(f.Fd()))
+		if err != nil {
+			return nil, err
+		}
+		p.setns = append(p.setns, fd)
+	}
+	reports, childReports, err := pipe()
+	if err != nil {
+		return nil, err
+	}
+	c := &Child{reports: reports}
+	childGo, goPipe, err := goPipes()
+	if err != nil {
+		_ = unix.Close(childReports)
+		c.Close()
+		return nil, err
+	}
+	c.goPipe = goPipe
+	own = append(own, childReports, childGo)
+	if p.report, err = dup(childReports); err != nil {
+		c.Close()
+		return nil, err
+	}
+	if p.goPipe, err = dup(childGo); err != nil {
+		c.Close()
+		return nil, err
+	}
+
+	pid, errno := fork(p)
+	runtime.KeepAlive(p)
+	runtime.KeepAlive(s)
+	if errno != 0 {
+		c.Close()
+		return nil, &Error{Step: StepClone, Errno: errno}
+	}
+	c.Pid = int(pid)
+	c.PidFD = os.NewFile(uintptr(p.pidFD), "pidfd")
+	for _, fd := range own {
+		_ = unix.Close(fd)
+	}
+	own = nil
+
+	if err := configure(s, c.Pid); err != nil {
+		// The child sees the end of its pipe and exits; if it had failed by
+		// itself, that is the reason.
+		_ = c.goPipe.Close()
+		var failed *Error
+		if cerr := c.ExecError(); errors.As(cerr, &failed) {
+			err = cerr
+		}
+		c.Close()
+		return nil, err
+	}
+	if err := c.letGo(); err != nil {
+		c.Close()
+		return nil, err
+	}
+	want := stateReady
+	if s.Hold {
+		want = stateHeld
+	}
+	if err := c.await(want); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// newParams lays out what the child reads.
+func newParams(s *Spec) (*params, error) {
+	p := &params{pidFD: -1}
+	p.clone.flags = uint64(s.CloneFlags) | unix.CLONE_PIDFD
+	p.clone.exitSignal = uint64(unix.SIGCHLD)
+	if s.CgroupFD != nil {
+		p.clone.flags |= unix.CLONE_INTO_CGROUP
+		p.clone.cgroup = uint64(s.CgroupFD.Fd())
+	}
+	var err error
+	if p.path, err = unix.BytePtrFromString(s.Path); err != nil {
+		return nil, fmt.Errorf("spawn: path: %w", err)
+	}
+	if p.argv, err = syscall.SlicePtrFromStrings(s.Args); err != nil {
+		return nil, fmt.Errorf("spawn: args: %w", err)
+	}
+	if p.envv, err = syscall.SlicePtrFromStrings(s.Env); err != nil {
+		return nil, fmt.Errorf("spawn: env: %w", err)
+	}
+	if s.Dir != "" {
+		if p.dir, err = unix.BytePtrFromString(s.Dir); err != nil {
+			return nil, fmt.Errorf("spawn: dir: %w", err)
+		}
+	}
+	p.becomeRoot = s.JoinsUser || s.CloneFlags&unix.CLONE_NEWUSER != 0
+	p.hold, p.wait = s.Hold, s.Wait
+	p.unshare = s.UnshareFlags
+	p.setsid, p.ctty = s.Setsid, s.Ctty
+	if c := s.Credential; c != nil {
+		p.setUser = true
+		p.uid, p.gid = uintptr(c.UID), uintptr(c.GID)
+		p.groups = append([]uint32(nil), c.Groups...)
+	}
+	if s.Umask != nil {
+		p.setUmask = true
+		p.umask = uintptr(*s.Umask)
+	}
+	if c := s.Capabilities; c != nil {
+		p.setCaps = true
+		p.bounding, p.ambient = c.Bounding, c.Ambient
+		p.capHdr.version = unix.LINUX_CAPABILITY_VERSION_3
+		p.capData[0] = capData{uint32(c.Effective), uint32(c.Permitted), uint32(c.Inheritable)}
+		p.capData[1] = capData{uint32(c.Effective >> 32), uint32(c.Permitted >> 32), uint32(c.Inheritable >> 32)}
+	}
+	p.noNewPrivs = s.NoNewPrivs
+	if f := s.Seccomp; f != nil {
+		p.filter = &sockFprog{len: uint16(len(f.Filter) / sockFilterSize), filter: &f.Filter[0]}
+		p.filterFlags = uintptr(f.Flags)
+	}
+	return p, nil
+}
+
+// configure does for the child what needs this process's privileges.
+func configure(s *Spec, pid int) error {
+	fail := func(step Step, err error) error {
+		e := &Error{Step: step, Errno: unix.EIO, Pid: pid}
+		_ = errors.As(err, &e.Errno)
+		return e
+	}
+	if len(s.UIDMap) > 0 {
+		if err := writeProc(s.Proc, pid, "uid_map", formatIDMap(s.UIDMap)); err != nil {
+			return fail(StepIDMap, err)
+		}
+	}
+	if len(s.GIDMap) > 0 {
+		if err := writeProc(s.Proc, pid, "gid_map", formatIDMap(s.GIDMap)); err != nil {
+			return fail(StepIDMap, err)
+		}
+	}
+	nofile := false
+	for _, r := range s.Rlimits {
+		nofile = nofile || r.Resource == unix.RLIMIT_NOFILE
+		if err := unix.Prlimit(pid, r.Resource, &unix.Rlimit{Cur: r.Soft, Max: r.Hard}, nil); err != nil {
+			return fail(StepRlimit, err)
+		}
+	}
+	if !nofile {
+		var r unix.Rlimit
+		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &r); err != nil {
+			return fail(StepRlimit, err)
+		}
+		if r.Cur > defaultNofile {
+			r.Cur = defaultNofile
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &r, nil); err != nil {
+				return fail(StepRlimit, err)
+			}
+		}
+	}
+	if s.OOMScoreAdj != nil {
+		if err := writeProc(s.Proc, pid, "oom_score_adj", []byte(strconv.Itoa(*s.OOMScoreAdj))); err != nil {
+			return fail(StepOOMScoreAdj, err)
+		}
+	}
+	if a := s.Scheduler; a != nil {
+		attr := &unix.SchedAttr{
+			Size: unix.SizeofSchedAttr, Policy: a.Policy, Flags: a.Flags, Nice: a.Nice,
+			Priority: a.Priority, Runtime: a.Runtime, Deadline: a.Deadline, Period: a.Period,
+		}
+		if err := unix.SchedSetAttr(pid, attr, 0); err != nil {
+			return fail(StepScheduler, err)
+		}
+	}
+	if a := s.IOPriority; a != nil {
+		const whoProcess, classShift = 1, 13
+		_, _, errno := unix.Syscall(unix.SYS_IOPRIO_SET, whoProcess, uintptr(pid), uintptr(a.Class<<classShift|a.Priority))
+		if errno != 0 {
+			return fail(StepIOPriority, errno)
+		}
+	}
+	return nil
+}
+
+func formatIDMap(m []IDMap) []byte {
+	var b []byte
+	for _, l := range m {
+		b = fmt.Appendf(b, "%d %d %d\n", l.Container, l.Host, l.Size)
+	}
+	return b
+}
+
+// writeProc writes a file of the child's procfs directory in one write, as the
+// id maps must be.
+func writeProc(proc *os.File, pid int, name string, data []byte) error {
+	dir, path := unix.AT_FDCWD, fmt.Sprintf("/proc/%d/%s", pid, name)
+	if proc != nil {
+		dir, path = int(proc.Fd()), fmt.Sprintf("%d/%s", pid, name)
+	}
+	fd, err := unix.Openat(dir, path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	_, err = unix.Write(fd, data)
+	return err
+}
+
+// pipe returns a read end for this process, which does not occupy a thread
+// while it blocks, and a blocking write end for the child.
+func pipe() (*os.File, int, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return nil, -1, fmt.Errorf("spawn: pipe: %w", err)
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+		return nil, -1, fmt.Errorf("spawn: pipe: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "spawn reports"), fds[1], nil
+}
+
+// goPipes returns a blocking read end for the child and a write end.
+func goPipes() (int, *os.File, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		return -1, nil, fmt.Errorf("spawn: pipe: %w", err)
+	}
+	return fds[0], os.NewFile(uintptr(fds[1]), "spawn go"), nil
+}
+
+func (c *Child) letGo() error {
+	if _, err := c.goPipe.Write([]byte{1}); err != nil {
+		if errors.Is(err, unix.EPIPE) {
+			return c.died()
+		}
+		return fmt.Errorf("spawn: wake child: %w", err)
+	}
+	return nil
+}
+
+// died finds out why the child is gone.
+func (c *Child) died() error {
+	if err := c.await(stateExecuted); err != nil {
+		return err
+	}
+	return ErrDied
+}
+
+// await reads reports until the child is in the wanted state or has failed.
+func (c *Child) await(want childState) error {
+	for c.err == nil && c.state < want {
+		var b [8]byte
+		_, err := io.ReadFull(c.reports, b[:])
+		if err != nil {
+			switch {
+			case !errors.Is(err, io.EOF):
+				c.state, c.err = stateFailed, fmt.Errorf("spawn: read report of child: %w", err)
+			case c.state == stateExecing:
+				c.state = stateExecuted
+			default:
+				c.state, c.err = stateFailed, ErrDied
+			}
+			continue
+		}
+		step, errno := Step(binary.NativeEndian.Uint32(b[:4])), syscall.Errno(binary.NativeEndian.Uint32(b[4:]))
+		switch step {
+		case stepHeld:
+			c.state = stateHeld
+		case stepReady:
+			c.state = stateReady
+		case stepExecing:
+			c.state = stateExecing
+		default:
+			c.state, c.err = stateFailed, &Error{Step: step, Errno: errno, Pid: c.Pid}
+		}
+	}
+	return c.err
+}
+
+// Proceed lets a held child go on, and returns when it is ready or failed.
+func (c *Child) Proceed() error {
+	if err := c.letGo(); err != nil {
+		return err
+	}
+	return c.await(stateReady)
+}
+
+// Release lets a waiting child execute its program. It does not wait for that.
+func (c *Child) Release() error {
+	if _, err := c.goPipe.Write([]byte{1}); err != nil {
+		if errors.Is(err, unix.EPIPE) {
+			return ErrDied
+		}
+		return fmt.Errorf("spawn: release child: %w", err)
+	}
+	return nil
+}
+
+// ExecError blocks until the program is executed (nil), or could not be: an
+// *Error, or ErrDied.
+func (c *Child) ExecError() error { return c.await(stateExecuted) }
+
+// Close gives the child's pipes and PidFD back. A child that waits ends; one
+// that executes its program does not notice.
+func (c *Child) Close() {
+	for _, f := range []*os.File{c.reports, c.goPipe, c.PidFD} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}
