@@ -28,6 +28,11 @@ const (
 	// MaxMessage bounds one ttrpc message, in bytes (ttrpc's own limit).
 	MaxMessage = 4 << 20
 
+	// MaxResponse bounds one response of the agent, in bytes. The host ends the
+	// pod over a longer one, so the agent shortens what has no bound of its own:
+	// error messages and lists of processes.
+	MaxResponse = 1 << 20
+
 	// StreamWindow is yamux's receive window of one stream, in bytes: what a
 	// side must be ready to buffer for a stream that nobody reads.
 	StreamWindow = 256 << 10
