@@ -675,8 +675,12 @@ type CreateContainerRequest struct {
 	// /etc/resolv.conf of the guest is mounted into the container unless the spec
 	// mounts one itself.
 	GuestResolvConf bool `protobuf:"varint,19,opt,name=guest_resolv_conf,json=guestResolvConf,proto3" json:"guest_resolv_conf,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Offsets of a new time namespace, by clock: "monotonic" or "boottime".
+	TimeOffsets map[string]*TimeOffset `protobuf:"bytes,20,rep,name=time_offsets,json=timeOffsets,proto3" json:"time_offsets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// PER_* of personality(2), for every process of the container.
+	Personality   uint32 `protobuf:"varint,21,opt,name=personality,proto3" json:"personality,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateContainerRequest) Reset() {
@@ -840,6 +844,20 @@ func (x *CreateContainerRequest) GetGuestResolvConf() bool {
 		return x.GuestResolvConf
 	}
 	return false
+}
+
+func (x *CreateContainerRequest) GetTimeOffsets() map[string]*TimeOffset {
+	if x != nil {
+		return x.TimeOffsets
+	}
+	return nil
+}
+
+func (x *CreateContainerRequest) GetPersonality() uint32 {
+	if x != nil {
+		return x.Personality
+	}
+	return 0
 }
 
 type CreateContainerResponse struct {
@@ -1388,7 +1406,10 @@ type Resources struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Files of the container's cgroup v2 directory and what to write to each,
 	// for example "memory.max": "67108864".
-	Unified       map[string]string `protobuf:"bytes,1,rep,name=unified,proto3" json:"unified,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Unified map[string]string `protobuf:"bytes,1,rep,name=unified,proto3" json:"unified,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Rules of the device controller in their order, the last that fits decides.
+	// Empty: no rules, every device of the guest may be used.
+	Devices       []*DeviceRule `protobuf:"bytes,2,rep,name=devices,proto3" json:"devices,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1430,6 +1451,142 @@ func (x *Resources) GetUnified() map[string]string {
 	return nil
 }
 
+func (x *Resources) GetDevices() []*DeviceRule {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+// DeviceRule allows or denies access to devices of the guest.
+type DeviceRule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Allow         bool                   `protobuf:"varint,1,opt,name=allow,proto3" json:"allow,omitempty"`
+	Type          string                 `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`     // "a" (every device), "b" or "c"
+	Major         int64                  `protobuf:"varint,3,opt,name=major,proto3" json:"major,omitempty"`  // -1: all
+	Minor         int64                  `protobuf:"varint,4,opt,name=minor,proto3" json:"minor,omitempty"`  // -1: all
+	Access        string                 `protobuf:"bytes,5,opt,name=access,proto3" json:"access,omitempty"` // letters of "rwm"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeviceRule) Reset() {
+	*x = DeviceRule{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeviceRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeviceRule) ProtoMessage() {}
+
+func (x *DeviceRule) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
+func (*DeviceRule) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DeviceRule) GetAllow() bool {
+	if x != nil {
+		return x.Allow
+	}
+	return false
+}
+
+func (x *DeviceRule) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *DeviceRule) GetMajor() int64 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *DeviceRule) GetMinor() int64 {
+	if x != nil {
+		return x.Minor
+	}
+	return 0
+}
+
+func (x *DeviceRule) GetAccess() string {
+	if x != nil {
+		return x.Access
+	}
+	return ""
+}
+
+type TimeOffset struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seconds       int64                  `protobuf:"varint,1,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	Nanoseconds   uint32                 `protobuf:"varint,2,opt,name=nanoseconds,proto3" json:"nanoseconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TimeOffset) Reset() {
+	*x = TimeOffset{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TimeOffset) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TimeOffset) ProtoMessage() {}
+
+func (x *TimeOffset) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TimeOffset.ProtoReflect.Descriptor instead.
+func (*TimeOffset) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *TimeOffset) GetSeconds() int64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *TimeOffset) GetNanoseconds() uint32 {
+	if x != nil {
+		return x.Nanoseconds
+	}
+	return 0
+}
+
 type Seccomp struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// struct sock_filter[], host byte order of the guest, at most 4096 instructions.
@@ -1441,7 +1598,7 @@ type Seccomp struct {
 
 func (x *Seccomp) Reset() {
 	*x = Seccomp{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1610,7 @@ func (x *Seccomp) String() string {
 func (*Seccomp) ProtoMessage() {}
 
 func (x *Seccomp) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1623,7 @@ func (x *Seccomp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seccomp.ProtoReflect.Descriptor instead.
 func (*Seccomp) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Seccomp) GetFilter() []byte {
@@ -1493,7 +1650,7 @@ type GuestHooks struct {
 
 func (x *GuestHooks) Reset() {
 	*x = GuestHooks{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1662,7 @@ func (x *GuestHooks) String() string {
 func (*GuestHooks) ProtoMessage() {}
 
 func (x *GuestHooks) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1675,7 @@ func (x *GuestHooks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestHooks.ProtoReflect.Descriptor instead.
 func (*GuestHooks) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GuestHooks) GetCreateContainer() []*Hook {
@@ -1550,7 +1707,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1719,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1732,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Hook) GetPath() string {
@@ -1634,7 +1791,7 @@ type HookState struct {
 
 func (x *HookState) Reset() {
 	*x = HookState{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1803,7 @@ func (x *HookState) String() string {
 func (*HookState) ProtoMessage() {}
 
 func (x *HookState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +1816,7 @@ func (x *HookState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookState.ProtoReflect.Descriptor instead.
 func (*HookState) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HookState) GetOciVersion() string {
@@ -1719,7 +1876,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1888,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1901,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Process) GetTerminal() bool {
@@ -1857,7 +2014,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +2026,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +2039,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *User) GetUid() uint32 {
@@ -1927,7 +2084,7 @@ type Capabilities struct {
 
 func (x *Capabilities) Reset() {
 	*x = Capabilities{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1939,7 +2096,7 @@ func (x *Capabilities) String() string {
 func (*Capabilities) ProtoMessage() {}
 
 func (x *Capabilities) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1952,7 +2109,7 @@ func (x *Capabilities) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
 func (*Capabilities) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Capabilities) GetBounding() uint64 {
@@ -2001,7 +2158,7 @@ type Rlimit struct {
 
 func (x *Rlimit) Reset() {
 	*x = Rlimit{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2170,7 @@ func (x *Rlimit) String() string {
 func (*Rlimit) ProtoMessage() {}
 
 func (x *Rlimit) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2183,7 @@ func (x *Rlimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
 func (*Rlimit) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Rlimit) GetResource() uint32 {
@@ -2060,7 +2217,7 @@ type IOPriority struct {
 
 func (x *IOPriority) Reset() {
 	*x = IOPriority{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2229,7 @@ func (x *IOPriority) String() string {
 func (*IOPriority) ProtoMessage() {}
 
 func (x *IOPriority) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2242,7 @@ func (x *IOPriority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOPriority.ProtoReflect.Descriptor instead.
 func (*IOPriority) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IOPriority) GetClass() uint32 {
@@ -2117,7 +2274,7 @@ type Scheduler struct {
 
 func (x *Scheduler) Reset() {
 	*x = Scheduler{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2286,7 @@ func (x *Scheduler) String() string {
 func (*Scheduler) ProtoMessage() {}
 
 func (x *Scheduler) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2299,7 @@ func (x *Scheduler) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduler.ProtoReflect.Descriptor instead.
 func (*Scheduler) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Scheduler) GetPolicy() uint32 {
@@ -2203,7 +2360,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2372,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2385,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StartContainerRequest) GetContainerId() string {
@@ -2246,7 +2403,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2258,7 +2415,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2271,7 +2428,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type ExecRequest struct {
@@ -2286,7 +2443,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2298,7 +2455,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2311,7 +2468,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -2351,7 +2508,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2363,7 +2520,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2376,7 +2533,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ExecResponse) GetPid() uint32 {
@@ -2396,7 +2553,7 @@ type WaitProcessRequest struct {
 
 func (x *WaitProcessRequest) Reset() {
 	*x = WaitProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2565,7 @@ func (x *WaitProcessRequest) String() string {
 func (*WaitProcessRequest) ProtoMessage() {}
 
 func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2578,7 @@ func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessRequest.ProtoReflect.Descriptor instead.
 func (*WaitProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WaitProcessRequest) GetContainerId() string {
@@ -2452,7 +2609,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2621,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2634,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WaitProcessResponse) GetExitCode() uint32 {
@@ -2520,7 +2677,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2532,7 +2689,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2545,7 +2702,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -2584,7 +2741,7 @@ type SignalProcessResponse struct {
 
 func (x *SignalProcessResponse) Reset() {
 	*x = SignalProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2596,7 +2753,7 @@ func (x *SignalProcessResponse) String() string {
 func (*SignalProcessResponse) ProtoMessage() {}
 
 func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2609,7 +2766,7 @@ func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessResponse.ProtoReflect.Descriptor instead.
 func (*SignalProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type ResizeTerminalRequest struct {
@@ -2624,7 +2781,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2793,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2806,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ResizeTerminalRequest) GetContainerId() string {
@@ -2688,7 +2845,7 @@ type ResizeTerminalResponse struct {
 
 func (x *ResizeTerminalResponse) Reset() {
 	*x = ResizeTerminalResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2700,7 +2857,7 @@ func (x *ResizeTerminalResponse) String() string {
 func (*ResizeTerminalResponse) ProtoMessage() {}
 
 func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2713,7 +2870,7 @@ func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalResponse.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type ListProcessesRequest struct {
@@ -2725,7 +2882,7 @@ type ListProcessesRequest struct {
 
 func (x *ListProcessesRequest) Reset() {
 	*x = ListProcessesRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2737,7 +2894,7 @@ func (x *ListProcessesRequest) String() string {
 func (*ListProcessesRequest) ProtoMessage() {}
 
 func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2750,7 +2907,7 @@ func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesRequest.ProtoReflect.Descriptor instead.
 func (*ListProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListProcessesRequest) GetContainerId() string {
@@ -2769,7 +2926,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2781,7 +2938,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2794,7 +2951,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessInfo {
@@ -2821,7 +2978,7 @@ type ProcessInfo struct {
 
 func (x *ProcessInfo) Reset() {
 	*x = ProcessInfo{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +2990,7 @@ func (x *ProcessInfo) String() string {
 func (*ProcessInfo) ProtoMessage() {}
 
 func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +3003,7 @@ func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessInfo.ProtoReflect.Descriptor instead.
 func (*ProcessInfo) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ProcessInfo) GetPid() uint32 {
@@ -2921,7 +3078,7 @@ type PauseContainerRequest struct {
 
 func (x *PauseContainerRequest) Reset() {
 	*x = PauseContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2933,7 +3090,7 @@ func (x *PauseContainerRequest) String() string {
 func (*PauseContainerRequest) ProtoMessage() {}
 
 func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2946,7 +3103,7 @@ func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerRequest.ProtoReflect.Descriptor instead.
 func (*PauseContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PauseContainerRequest) GetContainerId() string {
@@ -2964,7 +3121,7 @@ type PauseContainerResponse struct {
 
 func (x *PauseContainerResponse) Reset() {
 	*x = PauseContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3133,7 @@ func (x *PauseContainerResponse) String() string {
 func (*PauseContainerResponse) ProtoMessage() {}
 
 func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3146,7 @@ func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerResponse.ProtoReflect.Descriptor instead.
 func (*PauseContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 type ResumeContainerRequest struct {
@@ -3001,7 +3158,7 @@ type ResumeContainerRequest struct {
 
 func (x *ResumeContainerRequest) Reset() {
 	*x = ResumeContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3013,7 +3170,7 @@ func (x *ResumeContainerRequest) String() string {
 func (*ResumeContainerRequest) ProtoMessage() {}
 
 func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3026,7 +3183,7 @@ func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerRequest.ProtoReflect.Descriptor instead.
 func (*ResumeContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ResumeContainerRequest) GetContainerId() string {
@@ -3044,7 +3201,7 @@ type ResumeContainerResponse struct {
 
 func (x *ResumeContainerResponse) Reset() {
 	*x = ResumeContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3056,7 +3213,7 @@ func (x *ResumeContainerResponse) String() string {
 func (*ResumeContainerResponse) ProtoMessage() {}
 
 func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3069,7 +3226,7 @@ func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerResponse.ProtoReflect.Descriptor instead.
 func (*ResumeContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 type DeleteContainerRequest struct {
@@ -3081,7 +3238,7 @@ type DeleteContainerRequest struct {
 
 func (x *DeleteContainerRequest) Reset() {
 	*x = DeleteContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3250,7 @@ func (x *DeleteContainerRequest) String() string {
 func (*DeleteContainerRequest) ProtoMessage() {}
 
 func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3263,7 @@ func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerRequest.ProtoReflect.Descriptor instead.
 func (*DeleteContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DeleteContainerRequest) GetContainerId() string {
@@ -3124,7 +3281,7 @@ type DeleteContainerResponse struct {
 
 func (x *DeleteContainerResponse) Reset() {
 	*x = DeleteContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3136,7 +3293,7 @@ func (x *DeleteContainerResponse) String() string {
 func (*DeleteContainerResponse) ProtoMessage() {}
 
 func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3149,7 +3306,7 @@ func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerResponse.ProtoReflect.Descriptor instead.
 func (*DeleteContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 type ShutdownRequest struct {
@@ -3160,7 +3317,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3172,7 +3329,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3185,7 +3342,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type ShutdownResponse struct {
@@ -3196,7 +3353,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3208,7 +3365,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3221,7 +3378,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -3271,7 +3428,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tMODE_NONE\x10\x01\x12\r\n" +
-	"\tMODE_DHCP\x10\x02\"\xe7\a\n" +
+	"\tMODE_DHCP\x10\x02\"\xbf\t\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12-\n" +
 	"\x06rootfs\x18\x02 \x01(\v2\x15.runv.agent.v1.RootfsR\x06rootfs\x12,\n" +
@@ -3297,10 +3454,15 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"hook_state\x18\x10 \x01(\v2\x18.runv.agent.v1.HookStateR\thookState\x120\n" +
 	"\aprocess\x18\x11 \x01(\v2\x16.runv.agent.v1.ProcessR\aprocess\x12*\n" +
 	"\x05stdio\x18\x12 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\x12*\n" +
-	"\x11guest_resolv_conf\x18\x13 \x01(\bR\x0fguestResolvConf\x1a9\n" +
+	"\x11guest_resolv_conf\x18\x13 \x01(\bR\x0fguestResolvConf\x12Y\n" +
+	"\ftime_offsets\x18\x14 \x03(\v26.runv.agent.v1.CreateContainerRequest.TimeOffsetsEntryR\vtimeOffsets\x12 \n" +
+	"\vpersonality\x18\x15 \x01(\rR\vpersonality\x1a9\n" +
 	"\vSysctlEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"+\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aY\n" +
+	"\x10TimeOffsetsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12/\n" +
+	"\x05value\x18\x02 \x01(\v2\x19.runv.agent.v1.TimeOffsetR\x05value:\x028\x01\"+\n" +
 	"\x17CreateContainerResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"M\n" +
 	"\x05Stdio\x12\x14\n" +
@@ -3358,12 +3520,24 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tIDMapping\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\rR\vcontainerId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\rR\x06hostId\x12\x12\n" +
-	"\x04size\x18\x03 \x01(\rR\x04size\"\x88\x01\n" +
+	"\x04size\x18\x03 \x01(\rR\x04size\"\xbd\x01\n" +
 	"\tResources\x12?\n" +
-	"\aunified\x18\x01 \x03(\v2%.runv.agent.v1.Resources.UnifiedEntryR\aunified\x1a:\n" +
+	"\aunified\x18\x01 \x03(\v2%.runv.agent.v1.Resources.UnifiedEntryR\aunified\x123\n" +
+	"\adevices\x18\x02 \x03(\v2\x19.runv.agent.v1.DeviceRuleR\adevices\x1a:\n" +
 	"\fUnifiedEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"7\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"z\n" +
+	"\n" +
+	"DeviceRule\x12\x14\n" +
+	"\x05allow\x18\x01 \x01(\bR\x05allow\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +
+	"\x05major\x18\x03 \x01(\x03R\x05major\x12\x14\n" +
+	"\x05minor\x18\x04 \x01(\x03R\x05minor\x12\x16\n" +
+	"\x06access\x18\x05 \x01(\tR\x06access\"H\n" +
+	"\n" +
+	"TimeOffset\x12\x18\n" +
+	"\aseconds\x18\x01 \x01(\x03R\aseconds\x12 \n" +
+	"\vnanoseconds\x18\x02 \x01(\rR\vnanoseconds\"7\n" +
 	"\aSeccomp\x12\x16\n" +
 	"\x06filter\x18\x01 \x01(\fR\x06filter\x12\x14\n" +
 	"\x05flags\x18\x02 \x01(\rR\x05flags\"\x8a\x01\n" +
@@ -3521,7 +3695,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(StreamHeader_Kind)(0),           // 0: runv.agent.v1.StreamHeader.Kind
 	(Network_Mode)(0),                // 1: runv.agent.v1.Network.Mode
@@ -3542,40 +3716,43 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*Namespace)(nil),                // 16: runv.agent.v1.Namespace
 	(*IDMapping)(nil),                // 17: runv.agent.v1.IDMapping
 	(*Resources)(nil),                // 18: runv.agent.v1.Resources
-	(*Seccomp)(nil),                  // 19: runv.agent.v1.Seccomp
-	(*GuestHooks)(nil),               // 20: runv.agent.v1.GuestHooks
-	(*Hook)(nil),                     // 21: runv.agent.v1.Hook
-	(*HookState)(nil),                // 22: runv.agent.v1.HookState
-	(*Process)(nil),                  // 23: runv.agent.v1.Process
-	(*User)(nil),                     // 24: runv.agent.v1.User
-	(*Capabilities)(nil),             // 25: runv.agent.v1.Capabilities
-	(*Rlimit)(nil),                   // 26: runv.agent.v1.Rlimit
-	(*IOPriority)(nil),               // 27: runv.agent.v1.IOPriority
-	(*Scheduler)(nil),                // 28: runv.agent.v1.Scheduler
-	(*StartContainerRequest)(nil),    // 29: runv.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),   // 30: runv.agent.v1.StartContainerResponse
-	(*ExecRequest)(nil),              // 31: runv.agent.v1.ExecRequest
-	(*ExecResponse)(nil),             // 32: runv.agent.v1.ExecResponse
-	(*WaitProcessRequest)(nil),       // 33: runv.agent.v1.WaitProcessRequest
-	(*WaitProcessResponse)(nil),      // 34: runv.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),     // 35: runv.agent.v1.SignalProcessRequest
-	(*SignalProcessResponse)(nil),    // 36: runv.agent.v1.SignalProcessResponse
-	(*ResizeTerminalRequest)(nil),    // 37: runv.agent.v1.ResizeTerminalRequest
-	(*ResizeTerminalResponse)(nil),   // 38: runv.agent.v1.ResizeTerminalResponse
-	(*ListProcessesRequest)(nil),     // 39: runv.agent.v1.ListProcessesRequest
-	(*ListProcessesResponse)(nil),    // 40: runv.agent.v1.ListProcessesResponse
-	(*ProcessInfo)(nil),              // 41: runv.agent.v1.ProcessInfo
-	(*PauseContainerRequest)(nil),    // 42: runv.agent.v1.PauseContainerRequest
-	(*PauseContainerResponse)(nil),   // 43: runv.agent.v1.PauseContainerResponse
-	(*ResumeContainerRequest)(nil),   // 44: runv.agent.v1.ResumeContainerRequest
-	(*ResumeContainerResponse)(nil),  // 45: runv.agent.v1.ResumeContainerResponse
-	(*DeleteContainerRequest)(nil),   // 46: runv.agent.v1.DeleteContainerRequest
-	(*DeleteContainerResponse)(nil),  // 47: runv.agent.v1.DeleteContainerResponse
-	(*ShutdownRequest)(nil),          // 48: runv.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 49: runv.agent.v1.ShutdownResponse
-	nil,                              // 50: runv.agent.v1.CreateContainerRequest.SysctlEntry
-	nil,                              // 51: runv.agent.v1.Resources.UnifiedEntry
-	nil,                              // 52: runv.agent.v1.HookState.AnnotationsEntry
+	(*DeviceRule)(nil),               // 19: runv.agent.v1.DeviceRule
+	(*TimeOffset)(nil),               // 20: runv.agent.v1.TimeOffset
+	(*Seccomp)(nil),                  // 21: runv.agent.v1.Seccomp
+	(*GuestHooks)(nil),               // 22: runv.agent.v1.GuestHooks
+	(*Hook)(nil),                     // 23: runv.agent.v1.Hook
+	(*HookState)(nil),                // 24: runv.agent.v1.HookState
+	(*Process)(nil),                  // 25: runv.agent.v1.Process
+	(*User)(nil),                     // 26: runv.agent.v1.User
+	(*Capabilities)(nil),             // 27: runv.agent.v1.Capabilities
+	(*Rlimit)(nil),                   // 28: runv.agent.v1.Rlimit
+	(*IOPriority)(nil),               // 29: runv.agent.v1.IOPriority
+	(*Scheduler)(nil),                // 30: runv.agent.v1.Scheduler
+	(*StartContainerRequest)(nil),    // 31: runv.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),   // 32: runv.agent.v1.StartContainerResponse
+	(*ExecRequest)(nil),              // 33: runv.agent.v1.ExecRequest
+	(*ExecResponse)(nil),             // 34: runv.agent.v1.ExecResponse
+	(*WaitProcessRequest)(nil),       // 35: runv.agent.v1.WaitProcessRequest
+	(*WaitProcessResponse)(nil),      // 36: runv.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),     // 37: runv.agent.v1.SignalProcessRequest
+	(*SignalProcessResponse)(nil),    // 38: runv.agent.v1.SignalProcessResponse
+	(*ResizeTerminalRequest)(nil),    // 39: runv.agent.v1.ResizeTerminalRequest
+	(*ResizeTerminalResponse)(nil),   // 40: runv.agent.v1.ResizeTerminalResponse
+	(*ListProcessesRequest)(nil),     // 41: runv.agent.v1.ListProcessesRequest
+	(*ListProcessesResponse)(nil),    // 42: runv.agent.v1.ListProcessesResponse
+	(*ProcessInfo)(nil),              // 43: runv.agent.v1.ProcessInfo
+	(*PauseContainerRequest)(nil),    // 44: runv.agent.v1.PauseContainerRequest
+	(*PauseContainerResponse)(nil),   // 45: runv.agent.v1.PauseContainerResponse
+	(*ResumeContainerRequest)(nil),   // 46: runv.agent.v1.ResumeContainerRequest
+	(*ResumeContainerResponse)(nil),  // 47: runv.agent.v1.ResumeContainerResponse
+	(*DeleteContainerRequest)(nil),   // 48: runv.agent.v1.DeleteContainerRequest
+	(*DeleteContainerResponse)(nil),  // 49: runv.agent.v1.DeleteContainerResponse
+	(*ShutdownRequest)(nil),          // 50: runv.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 51: runv.agent.v1.ShutdownResponse
+	nil,                              // 52: runv.agent.v1.CreateContainerRequest.SysctlEntry
+	nil,                              // 53: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	nil,                              // 54: runv.agent.v1.Resources.UnifiedEntry
+	nil,                              // 55: runv.agent.v1.HookState.AnnotationsEntry
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: runv.agent.v1.StreamHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
@@ -3588,57 +3765,60 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	16, // 7: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
 	17, // 8: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
 	17, // 9: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
-	50, // 10: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
+	52, // 10: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
 	18, // 11: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	19, // 12: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
-	20, // 13: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
-	22, // 14: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
-	23, // 15: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
+	21, // 12: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
+	22, // 13: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
+	24, // 14: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
+	25, // 15: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
 	12, // 16: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
-	2,  // 17: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
-	51, // 18: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
-	21, // 19: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
-	21, // 20: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
-	52, // 21: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
-	24, // 22: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
-	25, // 23: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
-	26, // 24: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
-	27, // 25: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
-	28, // 26: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
-	23, // 27: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	12, // 28: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	41, // 29: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	4,  // 30: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 31: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	10, // 32: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	29, // 33: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	31, // 34: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	33, // 35: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	35, // 36: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	37, // 37: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	39, // 38: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	42, // 39: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	44, // 40: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	46, // 41: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	48, // 42: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 43: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 44: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	11, // 45: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	30, // 46: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	32, // 47: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	34, // 48: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	36, // 49: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	38, // 50: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	40, // 51: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	43, // 52: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	45, // 53: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	47, // 54: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	49, // 55: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	43, // [43:56] is the sub-list for method output_type
-	30, // [30:43] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	53, // 17: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	2,  // 18: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
+	54, // 19: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
+	19, // 20: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
+	23, // 21: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
+	23, // 22: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
+	55, // 23: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
+	26, // 24: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
+	27, // 25: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
+	28, // 26: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
+	29, // 27: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
+	30, // 28: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
+	25, // 29: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	12, // 30: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	43, // 31: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	20, // 32: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 33: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 34: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	10, // 35: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	31, // 36: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	33, // 37: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	35, // 38: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	37, // 39: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	39, // 40: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	41, // 41: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	44, // 42: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	46, // 43: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	48, // 44: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	50, // 45: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 46: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 47: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	11, // 48: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	32, // 49: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	34, // 50: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	36, // 51: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	38, // 52: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	40, // 53: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	42, // 54: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	45, // 55: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	47, // 56: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	49, // 57: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	51, // 58: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	46, // [46:59] is the sub-list for method output_type
+	33, // [33:46] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3646,15 +3826,15 @@ func file_api_agent_v1_agent_proto_init() {
 	if File_api_agent_v1_agent_proto != nil {
 		return
 	}
-	file_api_agent_v1_agent_proto_msgTypes[20].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[21].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[22].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[23].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   50,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
