@@ -30,22 +30,6 @@ func shell(script string) *Spec {
 	return &Spec{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Env: []string{"PATH=/usr/bin:/bin:/usr/sbin:/sbin"}}
 }
 
-// reap waits for a child and returns how it ended.
-func reap(t *testing.T, pid int) syscall.WaitStatus {
-	t.Helper()
-	var ws syscall.WaitStatus
-	for {
-		_, err := syscall.Wait4(pid, &ws, 0, nil)
-		if errors.Is(err, syscall.EINTR) {
-			continue
-		}
-		if err != nil {
-			t.Fatalf("wait for %d: %v", pid, err)
-		}
-		return ws
-	}
-}
-
 // run starts s and returns its output and end.
 func run(t *testing.T, s *Spec) (string, syscall.WaitStatus) {
 	t.Helper()
@@ -67,14 +51,13 @@ func run(t *testing.T, s *Spec) (string, syscall.WaitStatus) {
 		}
 	}
 	if err := c.ExecError(); err != nil {
-		reap(t, c.Pid)
 		t.Fatal(err)
 	}
 	out, err := io.ReadAll(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return string(out), reap(t, c.Pid)
+	return string(out), c.Exit().Status
 }
 
 func field(status, name string) string {
@@ -112,7 +95,7 @@ func TestExecError(t *testing.T) {
 		if !errors.Is(err, want) || !errors.As(err, &e) || e.Step != StepExec {
 			t.Errorf("exec %s: %v, want exec: %v", path, err, want)
 		}
-		if ws := reap(t, c.Pid); ws.ExitStatus() != 127 {
+		if ws := c.Exit().Status; ws.ExitStatus() != 127 {
 			t.Errorf("exec %s: %v", path, ws)
 		}
 		c.Close()
@@ -127,7 +110,7 @@ func TestAbandoned(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Close()
-	if ws := reap(t, c.Pid); ws.ExitStatus() != 127 {
+	if ws := c.Exit().Status; ws.ExitStatus() != 127 {
 		t.Errorf("abandoned child ended with %v", ws)
 	}
 }
@@ -140,14 +123,17 @@ func TestKilledWhileWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if err := unix.PidfdSendSignal(int(c.PidFD.Fd()), unix.SIGKILL, nil, 0); err != nil {
+	if err := c.Signal(unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.ExecError(); !errors.Is(err, ErrDied) {
 		t.Errorf("got %v, want %v", err, ErrDied)
 	}
-	if ws := reap(t, c.Pid); ws.Signal() != syscall.SIGKILL {
+	if ws := c.Exit().Status; ws.Signal() != syscall.SIGKILL {
 		t.Errorf("got %v", ws)
+	}
+	if err := c.Signal(unix.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("signal to a dead child: %v", err)
 	}
 	if err := c.Release(); !errors.Is(err, ErrDied) {
 		t.Errorf("release of a dead child: %v", err)
@@ -209,7 +195,7 @@ func TestWaitingChildIsHidden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { c.Close(); reap(t, c.Pid) }()
+	defer func() { c.Close(); <-c.Done() }()
 	fi, err := os.Stat(fmt.Sprintf("/proc/%d/environ", c.Pid))
 	if err != nil {
 		t.Fatal(err)
@@ -270,7 +256,7 @@ func TestSeccompDeniesExec(t *testing.T) {
 	if err := c.ExecError(); !errors.Is(err, syscall.EPERM) {
 		t.Errorf("got %v", err)
 	}
-	reap(t, c.Pid)
+	<-c.Done()
 }
 
 func TestNewPidNamespace(t *testing.T) {
@@ -305,8 +291,6 @@ func TestUserNamespace(t *testing.T) {
 	var e *Error
 	if _, err := Start(s); !errors.As(err, &e) || e.Step != StepIDMap {
 		t.Errorf("overlapping map: %v", err)
-	} else {
-		reap(t, e.Pid)
 	}
 }
 
@@ -345,7 +329,7 @@ func TestHoldAndSetns(t *testing.T) {
 	if err := h.ExecError(); err != nil {
 		t.Fatal(err)
 	}
-	if ws := reap(t, h.Pid); ws.ExitStatus() != 0 {
+	if ws := h.Exit().Status; ws.ExitStatus() != 0 {
 		t.Errorf("holder ended with %v", ws)
 	}
 	h.Close()
@@ -360,8 +344,6 @@ func TestHoldAndSetns(t *testing.T) {
 	var e *Error
 	if _, err := Start(s); !errors.As(err, &e) || e.Step != StepSetns || !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("setns of a file: %v", err)
-	} else {
-		reap(t, e.Pid)
 	}
 }
 
@@ -405,8 +387,6 @@ func TestChdir(t *testing.T) {
 	var e *Error
 	if _, err := Start(s); !errors.As(err, &e) || e.Step != StepChdir || !errors.Is(err, syscall.ENOENT) {
 		t.Errorf("absent directory: %v", err)
-	} else {
-		reap(t, e.Pid)
 	}
 }
 
@@ -430,7 +410,6 @@ func TestBadRlimit(t *testing.T) {
 	if _, err := Start(s); !errors.As(err, &e) || e.Step != StepRlimit || !errors.Is(err, syscall.EINVAL) {
 		t.Fatalf("soft above hard: %v", err)
 	}
-	reap(t, e.Pid)
 }
 
 func TestCgroup(t *testing.T) {
@@ -480,6 +459,26 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+func TestReapAll(t *testing.T) {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) }()
+	out, _ := run(t, shell("(read x < /proc/self/fd/9; exit 0) 9<&0 </dev/null & echo $!"))
+	var pid int
+	if _, err := fmt.Sscan(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	// The orphan ends as soon as it runs; its zombie is this process's.
+	for {
+		ReapAll()
+		if err := syscall.Kill(pid, 0); errors.Is(err, syscall.ESRCH) {
+			break
+		}
+		runtime.Gosched()
+	}
+}
+
 // TestMany forks while other goroutines allocate and collect garbage.
 func TestMany(t *testing.T) {
 	stop := make(chan struct{})
@@ -521,7 +520,7 @@ func TestMany(t *testing.T) {
 				if err := c.ExecError(); err != nil {
 					t.Error(err)
 				}
-				if ws := reap(t, c.Pid); ws.ExitStatus() != 0 {
+				if ws := c.Exit().Status; ws.ExitStatus() != 0 {
 					t.Errorf("worker %d, child %d: %v", w, i, ws)
 				}
 				c.Close()

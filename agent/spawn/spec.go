@@ -234,9 +234,6 @@ var ErrDied = errors.New("process died before its program was executed")
 type Error struct {
 	Step  Step
 	Errno syscall.Errno
-	// Pid of the child, which is dead or dying and has to be reaped; 0 if
-	// there is none.
-	Pid int
 }
 
 func (e *Error) Error() string { return e.Step.String() + ": " + e.Errno.Error() }

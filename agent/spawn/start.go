@@ -22,15 +22,18 @@ const highFD = 16
 // defaultNofile is the soft limit of open files that programs expect.
 const defaultNofile = 1024
 
-// Child is a process that Start made. Its methods are called by one goroutine
-// at a time, but Release may be called while ExecError blocks. The owner calls
-// Close when it needs none of them any more; a child that still waits then
-// ends.
+// Child is a process that Start made. Proceed, Release, ExecError and Close
+// are called by one goroutine at a time, but Release may be called while
+// ExecError blocks; the other methods by any. The owner calls Close when it
+// needs the former no more; a child that still waits then ends. Every child is
+// reaped without its owner's help.
 type Child struct {
 	// Pid in the pid namespace of this process.
 	Pid int
-	// PidFD refers to the child also after its pid was reused. Close closes it.
-	PidFD *os.File
+
+	done   chan struct{} // closed by ended
+	reaped bool          // guarded by children
+	exit   Exit          // valid when done is closed
 
 	reports *os.File
 	goPipe  *os.File
@@ -100,7 +103,7 @@ func Start(s *Spec) (*Child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Child{reports: reports}
+	c := &Child{reports: reports, done: make(chan struct{})}
 	childGo, goPipe, err := goPipes()
 	if err != nil {
 		_ = unix.Close(childReports)
@@ -118,15 +121,19 @@ func Start(s *Spec) (*Child, error) {
 		return nil, err
 	}
 
+	children.Lock()
 	pid, errno := fork(p)
 	runtime.KeepAlive(p)
 	runtime.KeepAlive(s)
+	if errno == 0 {
+		c.Pid = int(pid)
+		register(c, int(p.pidFD))
+	}
+	children.Unlock()
 	if errno != 0 {
 		c.Close()
 		return nil, &Error{Step: StepClone, Errno: errno}
 	}
-	c.Pid = int(pid)
-	c.PidFD = os.NewFile(uintptr(p.pidFD), "pidfd")
 	for _, fd := range own {
 		_ = unix.Close(fd)
 	}
@@ -141,10 +148,12 @@ func Start(s *Spec) (*Child, error) {
 			err = cerr
 		}
 		c.Close()
+		<-c.done
 		return nil, err
 	}
 	if err := c.letGo(); err != nil {
 		c.Close()
+		<-c.done
 		return nil, err
 	}
 	want := stateReady
@@ -153,6 +162,7 @@ func Start(s *Spec) (*Child, error) {
 	}
 	if err := c.await(want); err != nil {
 		c.Close()
+		<-c.done
 		return nil, err
 	}
 	return c, nil
@@ -213,7 +223,7 @@ func newParams(s *Spec) (*params, error) {
 // configure does for the child what needs this process's privileges.
 func configure(s *Spec, pid int) error {
 	fail := func(step Step, err error) error {
-		e := &Error{Step: step, Errno: unix.EIO, Pid: pid}
+		e := &Error{Step: step, Errno: unix.EIO}
 		_ = errors.As(err, &e.Errno)
 		return e
 	}
@@ -360,7 +370,7 @@ func (c *Child) await(want childState) error {
 		case stepExecing:
 			c.state = stateExecing
 		default:
-			c.state, c.err = stateFailed, &Error{Step: step, Errno: errno, Pid: c.Pid}
+			c.state, c.err = stateFailed, &Error{Step: step, Errno: errno}
 		}
 	}
 	return c.err
@@ -389,10 +399,10 @@ func (c *Child) Release() error {
 // *Error, or ErrDied.
 func (c *Child) ExecError() error { return c.await(stateExecuted) }
 
-// Close gives the child's pipes and PidFD back. A child that waits ends; one
+// Close gives the child's pipes back. A child that waits ends; one
 // that executes its program does not notice.
 func (c *Child) Close() {
-	for _, f := range []*os.File{c.reports, c.goPipe, c.PidFD} {
+	for _, f := range []*os.File{c.reports, c.goPipe} {
 		if f != nil {
 			_ = f.Close()
 		}
