@@ -1,0 +1,60 @@
+package ocispec
+
+import (
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+)
+
+// The values of supervisorv1.VM.Network.
+const (
+	// NetworkNone gives the pod a loopback interface and nothing else.
+	NetworkNone = "none"
+	// NetworkUser gives it the hypervisor's own user-mode network stack.
+	NetworkUser = "user"
+)
+
+// Options is what Translate needs beside config.json.
+type Options struct {
+	// ID of the container; required. The caller has checked its form.
+	ID string
+	// SandboxID is the pod that the container belongs to; empty: a pod of its
+	// own, named ID.
+	SandboxID string
+	// Bundle is the absolute path of the bundle; relative paths of config.json
+	// begin there.
+	Bundle string
+	// VM holds the configured defaults of a VM: driver, files, machine, and
+	// VCPUs and memory_mib as the least that a pod gets. Nil: all left to the
+	// supervisor. It is copied, never changed.
+	VM *supervisorv1.VM
+	// MaxVCPUs and MaxMemoryMiB bound what limits of config.json can make of a
+	// VM: the host's processors and memory. 0: 1024 and 1 TiB.
+	MaxVCPUs     uint32
+	MaxMemoryMiB uint32
+	// SystemdCgroup says that linux.cgroupsPath has systemd's form,
+	// "slice:prefix:name".
+	SystemdCgroup bool
+	// NoPivot is the command line's --no-pivot.
+	NoPivot bool
+	// Rootless says that the caller is not root on the host.
+	Rootless bool
+	// Arch is the guest's architecture by its Go name; empty: that of this
+	// program. It decides which system call numbers a seccomp filter holds.
+	Arch string
+	// HostDevice tells whether a listed device denotes hardware of the host,
+	// which no VM can reach. Nil: none does.
+	HostDevice func(path, typ string, major, minor int64) bool
+	// Namespace finds the container of the same pod that a namespace path
+	// belongs to. Nil, or an empty answer: the path is not one of the pod.
+	Namespace func(typ specs.LinuxNamespaceType, path string) (containerID string)
+	// Warn is called with one line for everything that is accepted without
+	// being enforced. Nil: the lines are dropped.
+	Warn func(line string)
+}
+
+func (o *Options) warn(line string) {
+	if o.Warn != nil {
+		o.Warn(line)
+	}
+}
