@@ -1,6 +1,7 @@
 package ocispec
 
 import (
+	"os"
 	"path"
 	"strings"
 
@@ -9,8 +10,8 @@ import (
 
 // Example is the configuration that `spec` writes: a shell in a terminal, with
 // the file systems, limits and restrictions of runc's example. The rootless one
-// is for a caller that is not root on the host, as the user with the given ids.
-func Example(rootless bool, uid, gid uint32) *specs.Spec {
+// maps the container's root to the calling user.
+func Example(rootless bool) *specs.Spec {
 	caps := func() []string { return []string{"CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"} }
 	spec := &specs.Spec{
 		Version: specs.Version,
@@ -56,7 +57,7 @@ func Example(rootless bool, uid, gid uint32) *specs.Spec {
 		},
 	}
 	if rootless {
-		makeRootless(spec, uid, gid)
+		makeRootless(spec, uint32(os.Geteuid()), uint32(os.Getegid()))
 	}
 	return spec
 }

@@ -9,18 +9,11 @@ import (
 	"github.com/hyperhq/runv/seccomp"
 )
 
-// The annotations that Features adds to its answer.
-const (
-	featureVersion = AnnotationPrefix + "version"
-	featureCommit  = AnnotationPrefix + "commit"
-)
-
 // Features is what `features` prints: what runv makes of a config.json, whatever
-// the host has. Version and commit are those of the program; empty ones are left
-// out.
-func Features(version, commit string) *features.Features {
+// the host has.
+func Features() *features.Features {
 	yes, no := true, false
-	f := &features.Features{
+	return &features.Features{
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"},
@@ -49,14 +42,4 @@ func Features(version, commit string) *features.Features {
 		// set them lets them take memory and processors of the host.
 		PotentiallyUnsafeConfigAnnotations: []string{AnnotationPrefix},
 	}
-	for key, v := range map[string]string{featureVersion: version, featureCommit: commit} {
-		if v == "" {
-			continue
-		}
-		if f.Annotations == nil {
-			f.Annotations = make(map[string]string, 2)
-		}
-		f.Annotations[key] = v
-	}
-	return f
 }
