@@ -76,7 +76,7 @@ func build(ctx context.Context, dir string) (*suite, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	args := []string{"build", "-o", dir + "/", toolsModule + "/cmd/runtimetest"}
+	args := []string{"build", "-ldflags=-s -w", "-o", dir + "/", toolsModule + "/cmd/runtimetest"}
 	for _, p := range s.programs {
 		args = append(args, toolsModule+"/validation/"+p)
 	}

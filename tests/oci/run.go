@@ -19,6 +19,8 @@ import (
 type oci struct {
 	name string
 	path string
+	// before is shell text: a program that the runtime runs under, such as "env".
+	before string
 	// flags come before the command.
 	flags []string
 }
@@ -41,6 +43,9 @@ func run(ctx context.Context, s *suite, rt oci, program, work string, timeout ti
 		return result{}, err
 	}
 	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return result{}, err
+	}
 	tmp, root := filepath.Join(dir, "t"), filepath.Join(dir, "s")
 	for _, d := range []string{tmp, root} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -54,16 +59,19 @@ func run(ctx context.Context, s *suite, rt oci, program, work string, timeout ti
 	for i, a := range args {
 		args[i] = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
 	}
-	if err := os.WriteFile(wrapper, []byte("#!/bin/sh\nexec "+strings.Join(args, " ")+" \"$@\"\n"), 0o755); err != nil {
+	if err := os.WriteFile(wrapper, []byte("#!/bin/sh\nexec "+rt.before+" "+strings.Join(args, " ")+" \"$@\"\n"), 0o755); err != nil {
 		return result{}, err
 	}
-	for _, link := range [][2]string{
-		{s.rootfs, filepath.Base(s.rootfs)},
-		{filepath.Join(s.dir, "runtimetest"), "runtimetest"},
-	} {
-		if err := os.Symlink(link[0], filepath.Join(dir, link[1])); err != nil {
-			return result{}, err
-		}
+	if err := os.Symlink(s.rootfs, filepath.Join(dir, filepath.Base(s.rootfs))); err != nil {
+		return result{}, err
+	}
+	// No symlink: the programs would copy the link into the bundle.
+	text, err := os.ReadFile(filepath.Join(s.dir, "runtimetest"))
+	if err != nil {
+		return result{}, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "runtimetest"), text, 0o755); err != nil {
+		return result{}, err
 	}
 	groups := cgroups()
 

@@ -1,0 +1,223 @@
+package tests
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// hostState is what a test may change on the host outside its own directory
+// and cannot be told apart from what other tests change.
+type hostState struct {
+	interfaces, netns, dirs map[string]bool
+}
+
+func snapshot() hostState {
+	s := hostState{interfaces: map[string]bool{}, netns: map[string]bool{}, dirs: map[string]bool{}}
+	if list, err := net.Interfaces(); err == nil {
+		for _, i := range list {
+			s.interfaces[i.Name] = true
+		}
+	}
+	for _, m := range mountinfo("self") {
+		if m.fstype == "nsfs" {
+			s.netns[m.target] = true
+		}
+	}
+	for _, d := range []string{"/run", "/run/runv", "/tmp", "/var/tmp", "/dev/shm", "/var/lib/runv", "/run/netns"} {
+		entries, err := os.ReadDir(d)
+		if err != nil {
+			continue
+		}
+		for _, e := range entries {
+			// Names of other programs come and go.
+			if d == "/run/runv" || d == "/var/lib/runv" || strings.Contains(e.Name(), "runv") {
+				s.dirs[filepath.Join(d, e.Name())] = true
+			}
+		}
+	}
+	return s
+}
+
+// checkLeaks compares the host with what it was before the test. Processes end
+// a moment after the command that ends them, so it looks for a few seconds.
+func (r *rt) checkLeaks(before hostState) {
+	r.t.Helper()
+	var left []string
+	for start := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		left = r.leaks(before)
+		if len(left) == 0 {
+			return
+		}
+		if time.Since(start) > 5*time.Second {
+			break
+		}
+	}
+	for _, l := range left {
+		r.t.Errorf("left behind: %s", l)
+	}
+}
+
+// leaks lists what is left of the test's containers.
+func (r *rt) leaks(before hostState) []string {
+	var left []string
+	for _, p := range r.processes() {
+		left = append(left, "process "+p.String())
+	}
+	for _, m := range mountinfo("self") {
+		if strings.HasPrefix(m.target, r.dir+"/") {
+			left = append(left, "mount "+m.target)
+		}
+	}
+	now := snapshot()
+	for kind, pair := range map[string][2]map[string]bool{
+		"network interface": {before.interfaces, now.interfaces},
+		"namespace mount":   {before.netns, now.netns},
+		"directory":         {before.dirs, now.dirs},
+	} {
+		for name := range pair[1] {
+			if !pair[0][name] {
+				left = append(left, kind+" "+name)
+			}
+		}
+	}
+	err := filepath.WalkDir("/sys/fs/cgroup", func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && strings.Contains(d.Name(), r.id) {
+			left = append(left, "cgroup "+path)
+		}
+		return nil
+	})
+	if err != nil {
+		left = append(left, err.Error())
+	}
+	entries, err := os.ReadDir(r.root)
+	if err == nil {
+		for _, e := range entries {
+			// Files such as a lock for the whole directory may stay.
+			if e.IsDir() {
+				left = append(left, "state directory "+e.Name())
+			}
+		}
+	}
+	sort.Strings(left)
+	return left
+}
+
+// proc is a process of the test.
+type proc struct {
+	pid  int
+	args []string
+}
+
+func (p proc) String() string { return fmt.Sprintf("%d %s", p.pid, strings.Join(p.args, " ")) }
+
+// is tells whether the process is the runtime's hidden command, or QEMU.
+func (p proc) is(what string) bool {
+	if what == "qemu" {
+		return len(p.args) > 0 && strings.Contains(filepath.Base(p.args[0]), "qemu-system")
+	}
+	for _, a := range p.args[1:] {
+		if a == what {
+			return true
+		}
+	}
+	return false
+}
+
+// processes of this test: those that name its directory in their arguments or
+// environment, or have something below it open, mounted or as directory. The
+// test itself and its threads are not among them, nor are zombies.
+func (r *rt) processes() []proc {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	needle := []byte(r.dir)
+	var found []proc
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		dir := filepath.Join("/proc", e.Name())
+		cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+		if err != nil || len(cmdline) == 0 {
+			continue // ended, a zombie, or a thread of the kernel
+		}
+		environ, _ := os.ReadFile(filepath.Join(dir, "environ"))
+		if bytes.Contains(cmdline, needle) || bytes.Contains(environ, needle) || r.holds(dir) {
+			found = append(found, proc{pid, strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")})
+		}
+	}
+	return found
+}
+
+// holds tells whether a process has a descriptor, directory or root in the
+// test's directory.
+func (r *rt) holds(dir string) bool {
+	links := []string{filepath.Join(dir, "cwd"), filepath.Join(dir, "root")}
+	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+	if err != nil {
+		return false
+	}
+	for _, f := range fds {
+		links = append(links, filepath.Join(dir, "fd", f.Name()))
+	}
+	for _, l := range links {
+		if target, err := os.Readlink(l); err == nil && strings.HasPrefix(target, r.dir+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// pidOf finds the one process of the test that is what.
+func (r *rt) pidOf(what string) int {
+	r.t.Helper()
+	var found []proc
+	waitFor(r.t, what+" process", func() bool {
+		found = found[:0]
+		for _, p := range r.processes() {
+			if p.is(what) {
+				found = append(found, p)
+			}
+		}
+		return len(found) > 0
+	})
+	if len(found) > 1 {
+		r.t.Fatalf("more than one %s: %v", what, found)
+	}
+	return found[0].pid
+}
+
+type mount struct {
+	target, options, fstype, super string
+}
+
+func mountinfo(pid string) []mount {
+	text, err := os.ReadFile(filepath.Join("/proc", pid, "mountinfo"))
+	if err != nil {
+		return nil
+	}
+	return parseMountinfo(string(text))
+}
+
+// parseMountinfo reads proc_pid_mountinfo(5).
+func parseMountinfo(text string) []mount {
+	var list []mount
+	for _, line := range strings.Split(text, "\n") {
+		left, right, ok := strings.Cut(line, " - ")
+		l, f := strings.Fields(left), strings.Fields(right)
+		if !ok || len(l) < 6 || len(f) < 3 {
+			continue
+		}
+		list = append(list, mount{target: l[4], options: l[5], fstype: f[0], super: f[2]})
+	}
+	return list
+}
