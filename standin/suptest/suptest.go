@@ -80,6 +80,7 @@ type Server struct {
 	ttrpc   *ttrpc.Server
 	api, io net.Listener
 	wg      sync.WaitGroup
+	deletes sync.WaitGroup
 	ctx     context.Context
 	cancel  context.CancelFunc
 
@@ -286,7 +287,10 @@ func (s *Server) ended(p *Process) {
 		_ = s.Store.Save(r)
 	}
 	if p.ID == s.SandboxID && s.OnExit != nil {
-		go s.OnExit()
+		go func() {
+			s.deletes.Wait() // as a supervisor does, lest a removal is cut off
+			s.OnExit()
+		}()
 	}
 }
 
@@ -526,6 +530,8 @@ func (s *Server) setStatus(id string, to state.Status) error {
 // Delete implements supervisorv1.SupervisorService.
 func (s *Server) Delete(ctx context.Context, req *supervisorv1.DeleteRequest) (*supervisorv1.DeleteResponse, error) {
 	s.called("Delete %s", req.Id)
+	s.deletes.Add(1)
+	defer s.deletes.Done()
 	p, err := s.now(req.Id, "")
 	if err != nil {
 		return nil, err

@@ -1,0 +1,326 @@
+package client
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/standin"
+	"github.com/hyperhq/runv/state"
+)
+
+// Stdio is what a process in the guest is given. The files stay the caller's.
+type Stdio struct {
+	// In, Out and Err; nil or /dev/null: the process gets the guest's own.
+	In, Out, Err *os.File
+	// Terminal, if not nil, is the slave side of a host pty in raw mode. The
+	// others are then not used.
+	Terminal *os.File
+}
+
+// streams says which of the descriptors need a connection.
+func (s Stdio) streams() standin.Streams {
+	if s.Terminal != nil {
+		return standin.Streams{Stdin: true, Stdout: true, Terminal: true}
+	}
+	return standin.Streams{Stdin: !isNull(s.In), Stdout: !isNull(s.Out), Stderr: !isNull(s.Err)}
+}
+
+func (s Stdio) agent() *agentv1.Stdio {
+	st := s.streams()
+	return &agentv1.Stdio{Stdin: st.Stdin, Stdout: st.Stdout, Stderr: st.Stderr}
+}
+
+// isNull reports whether f is the null device.
+func isNull(f *os.File) bool {
+	if f == nil {
+		return true
+	}
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return true
+	}
+	null := false
+	_ = rc.Control(func(fd uintptr) {
+		var st unix.Stat_t
+		null = unix.Fstat(int(fd), &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == unix.Mkdev(1, 3)
+	})
+	return null
+}
+
+// Namespaces of a stand-in.
+const (
+	// NetworkHost leaves the stand-in in the caller's network namespace.
+	NetworkHost = ""
+	// NetworkNew gives it a new one. Anything else is the path of one.
+	NetworkNew = "new"
+)
+
+// Process is a stand-in that this process started.
+type Process struct {
+	// Pid of the stand-in on the host.
+	Pid int
+	cmd *exec.Cmd
+}
+
+// Exit is how a process ended.
+type Exit struct {
+	Code   int
+	Signal syscall.Signal // 0: exited with Code
+}
+
+// Status is the exit status as shells count it.
+func (e Exit) Status() int {
+	if e.Signal != 0 {
+		return 128 + int(e.Signal)
+	}
+	return e.Code
+}
+
+// Wait waits until the process has ended and its output is written. It is
+// called once, and only by the process that started it.
+func (p *Process) Wait() (Exit, error) {
+	err := p.cmd.Wait()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return Exit{}, fmt.Errorf("wait for process %d: %w", p.Pid, err)
+	}
+	ws, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
+	if ok && ws.Signaled() {
+		return Exit{Signal: ws.Signal()}, nil
+	}
+	return Exit{Code: p.cmd.ProcessState.ExitCode()}, nil
+}
+
+// Signal sends a signal to the stand-in, which passes it on.
+func (p *Process) Signal(sig syscall.Signal) error {
+	if err := p.cmd.Process.Signal(sig); err != nil {
+		return fmt.Errorf("signal process %d: %w", p.Pid, err)
+	}
+	return nil
+}
+
+// end kills the stand-in and reaps it.
+func (p *Process) end() {
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}
+
+// ref is how the supervisor is told of the stand-in.
+func (p *Process) ref() (*supervisorv1.StandIn, error) {
+	r, err := state.RefOf(p.Pid)
+	if err != nil {
+		return nil, fmt.Errorf("start stand-in: it ended at once: %w", err)
+	}
+	return &supervisorv1.StandIn{Pid: int32(r.Pid), StartTime: r.StartTime}, nil
+}
+
+// standIn starts the stand-in of a process. dir is the pod's directory.
+func (c *Client) standIn(dir *os.File, id, execID string, io Stdio, network string) (*Process, error) {
+	cmd := exec.Command(c.o.Program, standin.Args(id, execID, io.streams())...)
+	cmd.Args[0] = "runv"
+	cmd.Env = standin.Env()
+	cmd.ExtraFiles = []*os.File{dir}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if io.Terminal != nil {
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = io.Terminal, io.Terminal, io.Terminal
+		cmd.SysProcAttr.Setctty = true
+	} else {
+		// A nil *os.File must not become a non-nil io.Reader.
+		if io.In != nil {
+			cmd.Stdin = io.In
+		}
+		if io.Out != nil {
+			cmd.Stdout = io.Out
+		}
+		if io.Err != nil {
+			cmd.Stderr = io.Err
+		}
+	}
+	start := cmd.Start
+	switch network {
+	case NetworkHost:
+	case NetworkNew:
+		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWNET
+	default:
+		start = func() error { return startIn(network, cmd) }
+	}
+	if err := start(); err != nil {
+		return nil, fmt.Errorf("start stand-in: %w", err)
+	}
+	return &Process{Pid: cmd.Process.Pid, cmd: cmd}, nil
+}
+
+// startIn starts cmd in the network namespace at path. A child has the
+// namespaces of the thread that made it, so one thread joins and is given up.
+func startIn(path string, cmd *exec.Cmd) error {
+	errc := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		errc <- func() error {
+			fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return &os.PathError{Op: "open network namespace", Path: path, Err: err}
+			}
+			defer unix.Close(fd)
+			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+				return &os.PathError{Op: "join network namespace", Path: path, Err: err}
+			}
+			return cmd.Start()
+		}()
+	}()
+	return <-errc
+}
+
+// listen makes a listening socket in dir and returns its descriptor. The path
+// goes through the directory's descriptor: a socket's path has 107 bytes at most.
+func listen(dir *os.File, name string) (*os.File, error) {
+	const backlog = 1024
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	// The permissions of a socket are those that its descriptor has before it
+	// is bound: there is no moment in which it is open to others.
+	err = unix.Fchmod(fd, 0o600)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name)})
+	}
+	if err == nil {
+		err = unix.Listen(fd, backlog)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("listen on %s: %w", name, err)
+	}
+	return f, nil
+}
+
+// supervisor is one that this process started.
+type supervisor struct {
+	cmd      *exec.Cmd
+	lifeline *os.File
+	log      *os.File
+	done     chan struct{} // closed when it has ended and been reaped
+}
+
+// supervise starts the supervisor of a sandbox whose directory is dir. Its
+// sockets are listening when supervise returns, whether it has come to accept
+// or not, so nobody ever waits for them to appear.
+func (c *Client) supervise(dir *os.File, sandboxID string) (_ *supervisor, err error) {
+	var own []*os.File // closed on this side in any case
+	defer func() {
+		for _, f := range own {
+			_ = f.Close()
+		}
+	}()
+	api, err := listen(dir, supervisorv1.APISocket)
+	if err != nil {
+		return nil, err
+	}
+	own = append(own, api)
+	stdio, err := listen(dir, supervisorv1.IOSocket)
+	if err != nil {
+		return nil, err
+	}
+	own = append(own, stdio)
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make lifeline: %w", err)
+	}
+	own = append(own, r)
+	logfd, err := unix.Openat(int(dir.Fd()), LogFile, unix.O_RDWR|unix.O_CREAT|unix.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		_ = w.Close()
+		return nil, fmt.Errorf("open %s: %w", LogFile, err)
+	}
+	log := os.NewFile(uintptr(logfd), LogFile)
+
+	level := "normal"
+	if c.o.Debug {
+		level = "debug"
+	}
+	cmd := exec.Command(c.o.Program, SuperviseCommand, c.o.Store.Root(), sandboxID, level)
+	cmd.Args[0] = "runv"
+	cmd.Dir = "/"
+	cmd.Env = supervisorEnv(os.Environ())
+	cmd.Stderr = log
+	cmd.ExtraFiles = []*os.File{api, stdio, r}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS}
+	if err := cmd.Start(); err != nil {
+		_ = w.Close()
+		_ = log.Close()
+		return nil, fmt.Errorf("start supervisor: %w", err)
+	}
+	s := &supervisor{cmd: cmd, lifeline: w, log: log, done: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait()
+		close(s.done)
+	}()
+	return s, nil
+}
+
+// supervisorEnv leaves out what is meant for the caller's own process.
+func supervisorEnv(env []string) []string {
+	var out []string
+	for _, kv := range env {
+		switch name, _, _ := cut(kv); name {
+		case "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "GODEBUG", "GOMAXPROCS", "GOGC":
+			continue
+		}
+		out = append(out, kv)
+	}
+	return out
+}
+
+func cut(kv string) (name, value string, ok bool) {
+	for i := 1; i < len(kv); i++ {
+		if kv[i] == '=' {
+			return kv[:i], kv[i+1:], true
+		}
+	}
+	return kv, "", false
+}
+
+// release gives the supervisor its freedom: it has a container.
+func (s *supervisor) release() {
+	_ = s.lifeline.Close()
+	_ = s.log.Close()
+}
+
+// end tells the supervisor to end, and makes it if it does not.
+func (s *supervisor) end() {
+	s.wait()
+	_ = s.log.Close()
+}
+
+func (s *supervisor) wait() {
+	_ = s.lifeline.Close()
+	t := time.NewTimer(endLimit)
+	defer t.Stop()
+	select {
+	case <-s.done:
+	case <-t.C:
+		_ = s.cmd.Process.Kill()
+		<-s.done
+	}
+}
+
+// explain is the error for a supervisor that broke off instead of answering:
+// what it said last, or how it ended.
+func (s *supervisor) explain() error {
+	s.wait()
+	if l := lastLine(s.log); l != "" {
+		return newError(ErrUnavailable, "the supervisor ended: %s", l)
+	}
+	return newError(ErrUnavailable, "the supervisor ended: %s", s.cmd.ProcessState)
+}
