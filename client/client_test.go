@@ -67,7 +67,7 @@ func fakeSupervisor(args []string) {
 		if fault == "linger" {
 			return
 		}
-		s.Close()
+		_ = s.Shutdown(context.Background())
 		os.Exit(0)
 	}
 	api, stdio := listener(APIListenerFD), listener(IOListenerFD)
@@ -330,6 +330,9 @@ func TestCreateFails(t *testing.T) {
 			t.Error(err)
 		}
 		e.empty(t)
+		if len(e.warns) > 0 {
+			t.Error(e.warns)
+		}
 	})
 	t.Run("id", func(t *testing.T) {
 		e := newEnv(t, "")

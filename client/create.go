@@ -49,7 +49,9 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	req.Container.Stdio = o.Stdio.agent()
 
-	var u undo
+	// What is open is needed to take things back, so it is closed after that.
+	var u, open undo
+	defer open.run()
 	defer func() {
 		if err != nil {
 			u.run()
@@ -68,7 +70,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	open.add(unlock)
 	dir, err := c.o.Store.OpenDir(req.SandboxId)
 	if err != nil {
 		if errors.Is(err, state.ErrNotFound) {
@@ -76,7 +78,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 		}
 		return nil, err
 	}
-	defer dir.Close()
+	open.add(func() { _ = dir.Close() })
 
 	var sup *supervisor
 	if req.SandboxId == req.Id {
@@ -84,7 +86,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 			return nil, err
 		}
 		u.add(sup.end)
-		defer sup.release()
+		open.add(sup.release)
 	}
 	p, err := c.standIn(dir, req.Id, "", o.Stdio, o.Network)
 	if err != nil {
@@ -100,7 +102,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	// The end of this connection before the answer tells the supervisor to take
 	// everything back.
-	defer s.close()
+	open.add(s.close)
 	u.add(s.close)
 	if _, err := s.Create(ctx, req); err != nil {
 		if _, ok := answered(err); !ok && sup != nil && ctx.Err() == nil {

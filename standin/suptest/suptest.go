@@ -80,7 +80,6 @@ type Server struct {
 	ttrpc   *ttrpc.Server
 	api, io net.Listener
 	wg      sync.WaitGroup
-	deletes sync.WaitGroup
 	ctx     context.Context
 	cancel  context.CancelFunc
 
@@ -135,6 +134,14 @@ func (s *Server) Close() {
 	}
 	s.mu.Unlock()
 	s.wg.Wait()
+}
+
+// Shutdown is Close after every call that is under way has been answered.
+func (s *Server) Shutdown(ctx context.Context) error {
+	_ = s.api.Close()
+	err := s.ttrpc.Shutdown(ctx)
+	s.Close()
+	return err
 }
 
 // Calls are the names of the RPCs so far, Signal and Resize with their values.
@@ -287,10 +294,7 @@ func (s *Server) ended(p *Process) {
 		_ = s.Store.Save(r)
 	}
 	if p.ID == s.SandboxID && s.OnExit != nil {
-		go func() {
-			s.deletes.Wait() // as a supervisor does, lest a removal is cut off
-			s.OnExit()
-		}()
+		go s.OnExit()
 	}
 }
 
@@ -530,8 +534,6 @@ func (s *Server) setStatus(id string, to state.Status) error {
 // Delete implements supervisorv1.SupervisorService.
 func (s *Server) Delete(ctx context.Context, req *supervisorv1.DeleteRequest) (*supervisorv1.DeleteResponse, error) {
 	s.called("Delete %s", req.Id)
-	s.deletes.Add(1)
-	defer s.deletes.Done()
 	p, err := s.now(req.Id, "")
 	if err != nil {
 		return nil, err
