@@ -67,7 +67,7 @@ func fakeSupervisor(args []string) {
 		if fault == "linger" {
 			return
 		}
-		_ = s.Shutdown(context.Background())
+		s.Shutdown()
 		os.Exit(0)
 	}
 	api, stdio := listener(APIListenerFD), listener(IOListenerFD)
@@ -454,7 +454,7 @@ func TestHalfMade(t *testing.T) {
 		t.Errorf("forced delete during the creation: %v", err)
 	}
 	unlock()
-	if err := e.Delete(ctx, "h", false); err != nil {
+	if err := e.Delete(ctx, "h", true); err != nil {
 		t.Fatal(err)
 	}
 	// A record that nobody can read.

@@ -80,6 +80,7 @@ type Server struct {
 	ttrpc   *ttrpc.Server
 	api, io net.Listener
 	wg      sync.WaitGroup
+	callers sync.WaitGroup
 	ctx     context.Context
 	cancel  context.CancelFunc
 
@@ -109,7 +110,7 @@ func (s *Server) Serve(api, stdio net.Listener) error {
 	}
 	s.ttrpc, s.api, s.io = srv, api, stdio
 	supervisorv1.RegisterSupervisorService(srv, s)
-	s.wg.Go(func() { _ = srv.Serve(s.ctx, api) })
+	s.wg.Go(func() { _ = srv.Serve(s.ctx, counted{api, &s.callers}) })
 	s.wg.Go(func() {
 		for {
 			c, err := stdio.Accept()
@@ -136,12 +137,37 @@ func (s *Server) Close() {
 	s.wg.Wait()
 }
 
-// Shutdown is Close after every call that is under way has been answered.
-func (s *Server) Shutdown(ctx context.Context) error {
+// Shutdown is Close after every caller has had its answer and hung up.
+func (s *Server) Shutdown() {
 	_ = s.api.Close()
-	err := s.ttrpc.Shutdown(ctx)
+	s.callers.Wait()
 	s.Close()
-	return err
+}
+
+// counted is a listener that knows when the last of its connections is closed.
+type counted struct {
+	net.Listener
+	wg *sync.WaitGroup
+}
+
+type countedConn struct {
+	net.Conn
+	once sync.Once
+	wg   *sync.WaitGroup
+}
+
+func (l counted) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.wg.Add(1)
+	return &countedConn{Conn: c, wg: l.wg}, nil
+}
+
+func (c *countedConn) Close() error {
+	defer c.once.Do(c.wg.Done)
+	return c.Conn.Close()
 }
 
 // Calls are the names of the RPCs so far, Signal and Resize with their values.
