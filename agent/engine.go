@@ -1,0 +1,88 @@
+package agent
+
+import (
+	"context"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/hyperhq/runv/agent/spawn"
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// Engine builds containers.
+type Engine interface {
+	// New checks a request and returns the container that it describes.
+	// Nothing of the guest has changed then.
+	New(req *agentv1.CreateContainerRequest) (Container, error)
+}
+
+// Stdio is the child's ends of a process's standard streams; nil ones are
+// /dev/null. They are closed by the caller after the call that takes them.
+// With a terminal all are nil and the process has a Console.
+type Stdio struct {
+	In, Out, Err *os.File
+}
+
+// Container is one container of an Engine. The agent calls Create once and
+// first, Start at most once, Destroy last; the others may be called at any time
+// between, also concurrently.
+type Container interface {
+	// Create builds the container up to its program. On an error nothing is
+	// left of it.
+	Create(ctx context.Context, io Stdio) (*Process, error)
+	// Start executes the program and returns when that has succeeded or not.
+	Start(ctx context.Context) error
+	// Exec starts a further process.
+	Exec(ctx context.Context, p *agentv1.Process, io Stdio) (*Process, error)
+	// Kill signals the init process, or all processes.
+	Kill(sig syscall.Signal, all bool) error
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+	// Pids are all processes, in the guest's initial pid namespace.
+	Pids() ([]int, error)
+	// OOMKilled says whether the kernel killed a process for want of memory.
+	OOMKilled() bool
+	// Destroy kills what is left and takes everything down. It may be repeated
+	// after an error.
+	Destroy() error
+}
+
+// Child is the kernel's process; *spawn.Child is one.
+type Child interface {
+	Done() <-chan struct{}
+	Exit() spawn.Exit
+	Signal(sig syscall.Signal) error
+}
+
+// Process is a process of a container as the Engine hands it over.
+type Process struct {
+	// Pid in the guest's initial pid namespace.
+	Pid   int
+	Child Child
+	// Console is the master of its terminal, if it has one. The agent closes it.
+	Console *os.File
+}
+
+// System is the guest apart from its containers.
+type System interface {
+	// Info describes the guest for the answer to Hello.
+	Info() (*agentv1.HelloResponse, error)
+	// SetClock sets the wall clock.
+	SetClock(t time.Time) error
+	// AddEntropy credits the bytes to the kernel's generator and reseeds it.
+	AddEntropy(b []byte) error
+	// Ready blocks until all modules are loaded.
+	Ready(ctx context.Context) error
+	SetHostname(name string) error
+	// SetMachineID writes /etc/machine-id; empty: a random one.
+	SetMachineID(id string) error
+	// MountShare mounts a share below agentv1.ShareDir; undo unmounts it.
+	MountShare(s *agentv1.Share) (undo func(), err error)
+	// DHCP configures the first network card.
+	DHCP(ctx context.Context) error
+	// Processes describes those of the pids that still exist.
+	Processes(pids []int) ([]*agentv1.ProcessInfo, error)
+	// Sync flushes all file systems.
+	Sync()
+}

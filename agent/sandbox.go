@@ -1,0 +1,117 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// maxShares bounds the shares of a sandbox.
+const maxShares = 64
+
+var errConfigured = errors.New("the sandbox is configured already")
+
+// running finds a container whose init process exists and has not ended.
+func (a *Agent) running(id string) (*container, error) {
+	c, err := a.container(id)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch c.state {
+	case stateCreated, stateStarting, stateRunning:
+		return c, nil
+	case stateStopped:
+		return nil, errNotRunning
+	default:
+		return nil, errNotFound
+	}
+}
+
+// configure gives the guest its identity, once. If it fails, what was mounted
+// is unmounted and it may be tried again.
+func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequest) (err error) {
+	if err := checkSandbox(req); err != nil {
+		return err
+	}
+	a.configuring.Lock()
+	defer a.configuring.Unlock()
+	a.mu.Lock()
+	configured := a.configured
+	a.mu.Unlock()
+	if configured {
+		return errConfigured
+	}
+	if err := a.system.Ready(ctx); err != nil {
+		return err
+	}
+	var undo []func()
+	defer func() {
+		if err != nil {
+			for _, f := range slices.Backward(undo) {
+				f()
+			}
+		}
+	}()
+	hostname := req.Hostname
+	if hostname == "" {
+		hostname = req.SandboxId
+	}
+	// The limit of the kernel.
+	if err := a.system.SetHostname(hostname[:min(len(hostname), 64)]); err != nil {
+		return fmt.Errorf("set hostname %q: %w", hostname, err)
+	}
+	if err := a.system.SetMachineID(req.MachineId); err != nil {
+		return fmt.Errorf("set machine id: %w", err)
+	}
+	for _, s := range req.Shares {
+		f, err := a.system.MountShare(s)
+		if err != nil {
+			return fmt.Errorf("mount share %q: %w", s.Tag, err)
+		}
+		undo = append(undo, f)
+	}
+	if req.Network.GetMode() == agentv1.Network_MODE_DHCP {
+		if err := a.system.DHCP(ctx); err != nil {
+			return fmt.Errorf("configure network by dhcp: %w", err)
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.configured = true
+	return nil
+}
+
+// checkSandbox reports the first field that cannot be right.
+func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
+	if req.SandboxId == "" {
+		return invalid("sandbox_id is empty")
+	}
+	if id := req.MachineId; id != "" && (len(id) != 32 || strings.Trim(id, "0123456789abcdef") != "") {
+		return invalid(fmt.Sprintf("machine_id is %q, want 32 lower-case hex digits", id))
+	}
+	if len(req.Shares) > maxShares {
+		return invalid(fmt.Sprintf("%d shares, want at most %d", len(req.Shares), maxShares))
+	}
+	for i, s := range req.Shares {
+		switch {
+		case s.Tag == "" || len(s.Tag) > 31 || s.Tag == "." || s.Tag == ".." || strings.ContainsAny(s.Tag, "/\x00"):
+			return invalid(fmt.Sprintf("shares[%d].tag is %q, want 1 to 31 bytes that are one path element", i, s.Tag))
+		case s.Type != "9p" && s.Type != "virtiofs":
+			return invalid(fmt.Sprintf("shares[%d].type is %q, want 9p or virtiofs", i, s.Type))
+		case strings.ContainsRune(s.Options, 0) || len(s.Options) > 1024:
+			return invalid(fmt.Sprintf("shares[%d].options is not at most 1024 bytes of text", i))
+		}
+	}
+	switch m := req.Network.GetMode(); m {
+	case agentv1.Network_MODE_UNSPECIFIED, agentv1.Network_MODE_NONE, agentv1.Network_MODE_DHCP:
+	default:
+		return invalid(fmt.Sprintf("network.mode is %d", m))
+	}
+	return nil
+}

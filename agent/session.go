@@ -1,0 +1,179 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"github.com/hashicorp/yamux"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+const (
+	// maxPending bounds the stdio streams of a session that wait for the
+	// process that they are for.
+	maxPending = 64
+	// maxHeaders bounds the streams whose first frame is being read.
+	maxHeaders = 64
+	// writeTimeout ends a connection whose other side takes no bytes. It is
+	// long because the VM, or the host's side, may be stopped for a while; the
+	// guest's clock stands then too, but not the host's.
+	writeTimeout = 365 * 24 * time.Hour
+)
+
+func muxConfig(log io.Writer) *yamux.Config {
+	c := yamux.DefaultConfig()
+	c.EnableKeepAlive = false
+	c.StreamOpenTimeout = 0
+	c.StreamCloseTimeout = 0
+	c.ConnectionWriteTimeout = writeTimeout
+	c.MaxStreamWindowSize = agentv1.StreamWindow
+	c.LogOutput = log
+	return c
+}
+
+// streamKey names a process's stdio stream.
+type streamKey struct {
+	container, exec string
+	kind            agentv1.StreamHeader_Kind
+}
+
+// session is one connection of the host.
+type session struct {
+	agent *Agent
+	mux   *yamux.Session
+
+	// wg has every goroutine of the session; serve waits for it.
+	wg sync.WaitGroup
+}
+
+// stream is a stdio stream of a session.
+type stream struct {
+	net.Conn
+	session *session
+}
+
+// lost says whether the stream ended because its session did, and so without
+// the host having meant it.
+func (s *stream) lost() bool { return s.session.mux.IsClosed() }
+
+// ServeConn serves one connection until it ends or ctx does, and closes it.
+// Processes and containers stay. Connections are served one at a time.
+func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
+	mux, err := yamux.Server(conn, muxConfig(a.log.Writer()))
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	s := &session{agent: a, mux: mux}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = mux.Close() })
+	defer func() {
+		cancel()
+		_ = mux.Close()
+		s.wg.Wait()
+		stop()
+		a.dropSession(s)
+	}()
+	headers := make(chan struct{}, maxHeaders)
+	for {
+		conn, err := mux.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if errors.Is(err, io.EOF) || errors.Is(err, yamux.ErrSessionShutdown) {
+				return nil
+			}
+			return err
+		}
+		select {
+		case headers <- struct{}{}:
+		case <-mux.CloseChan():
+			continue
+		}
+		s.wg.Go(func() {
+			h, err := readHeader(conn)
+			<-headers
+			if err != nil {
+				if !mux.IsClosed() {
+					a.log.Printf("stream refused: %v", err)
+				}
+				_ = conn.Close()
+				return
+			}
+			if h.Kind == agentv1.StreamHeader_KIND_CONTROL {
+				s.control(ctx, conn)
+				return
+			}
+			key := streamKey{h.ContainerId, h.ExecId, h.Kind}
+			if err := a.attach(key, &stream{conn, s}); err != nil {
+				a.log.Printf("stream refused: %v", err)
+				_ = conn.Close()
+			}
+		})
+	}
+}
+
+// control serves ttrpc on one stream until it ends.
+func (s *session) control(ctx context.Context, conn net.Conn) {
+	svc := &service{agent: s.agent}
+	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(svc.intercept))
+	if err != nil {
+		s.agent.log.Printf("control stream: %v", err)
+		_ = conn.Close()
+		return
+	}
+	agentv1.RegisterAgentService(srv, svc)
+	l := &oneConn{ended: make(chan struct{})}
+	l.conn = &closeNotifier{Conn: conn, closed: sync.OnceFunc(func() { close(l.ended) })}
+	err = srv.Serve(ctx, l)
+	if err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+		s.agent.log.Printf("control stream: %v", err)
+	}
+	_ = srv.Close()
+	_ = conn.Close()
+	svc.calls.Wait()
+}
+
+// oneConn is a listener that accepts one connection, and ends with it.
+type oneConn struct {
+	mu    sync.Mutex
+	conn  net.Conn
+	ended chan struct{}
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	l.mu.Lock()
+	c := l.conn
+	l.conn = nil
+	l.mu.Unlock()
+	if c != nil {
+		return c, nil
+	}
+	<-l.ended
+	return nil, io.EOF
+}
+
+func (l *oneConn) Close() error   { return nil }
+func (l *oneConn) Addr() net.Addr { return addr{} }
+
+type addr struct{}
+
+func (addr) Network() string { return "runv" }
+func (addr) String() string  { return "agent" }
+
+// closeNotifier tells when the server has closed its connection.
+type closeNotifier struct {
+	net.Conn
+	closed func()
+}
+
+func (c *closeNotifier) Close() error {
+	defer c.closed()
+	return c.Conn.Close()
+}
