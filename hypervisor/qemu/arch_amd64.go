@@ -1,0 +1,3 @@
+package qemu
+
+const hostArch = "amd64"

@@ -1,0 +1,306 @@
+// Package qemu drives virtual machines with QEMU.
+//
+// A Driver is one QEMU program with one accelerator. Start turns a
+// hypervisor.Config into arguments (Args, a pure function), starts QEMU on a
+// thread of its own (spawn), confines it (confine), and speaks QMP with it
+// (package qmp). QMP, the console and the agent's serial port are socket pairs
+// whose other ends QEMU inherits: there are no paths, nothing is polled, and
+// nobody else can connect.
+//
+// What ends with what: QEMU dies with the process that started it
+// (parent-death signal); its goroutines end when it does; Done is closed after
+// the process has been reaped and its console read to the end.
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/golang/glog"
+
+	"github.com/hyperhq/runv/hypervisor"
+	"github.com/hyperhq/runv/hypervisor/qemu/qmp"
+)
+
+var (
+	// ErrNotFound is wrapped by New if there is no QEMU.
+	ErrNotFound = errors.New("qemu not found")
+	// ErrDialled is wrapped by DialAgent of a VM with the serial transport
+	// after the first call: the port has one connection for its life.
+	ErrDialled = errors.New("the agent's serial port has been dialled already")
+)
+
+// Options choose the program and how it runs guests.
+type Options struct {
+	// Path of the QEMU system emulator; empty: the host architecture's, from
+	// PATH.
+	Path string
+	// Accel is KVM or TCG; empty: TCG.
+	Accel Accel
+}
+
+// Driver starts VMs with QEMU.
+type Driver struct {
+	path    string
+	accel   Accel
+	version func() (string, error)
+}
+
+var _ hypervisor.Driver = (*Driver)(nil)
+
+// New returns a driver, or ErrNotFound with what to install.
+func New(o Options) (*Driver, error) {
+	a := arches[hostArch]
+	if o.Accel == "" {
+		o.Accel = TCG
+	}
+	if o.Accel != KVM && o.Accel != TCG {
+		return nil, fmt.Errorf("accelerator %q: %w", o.Accel, hypervisor.ErrUnsupported)
+	}
+	name := o.Path
+	if name == "" {
+		name = a.binary
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		var e *exec.Error
+		if errors.As(err, &e) {
+			err = e.Err
+		}
+		return nil, fmt.Errorf("%w: %s: %w; install the package %s or set the path of another QEMU", ErrNotFound, name, err, a.pkg)
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, err
+	}
+	d := &Driver{path: path, accel: o.Accel}
+	d.version = sync.OnceValues(func() (string, error) { return programVersion(path) })
+	return d, nil
+}
+
+// programVersion runs QEMU for the line that names its version.
+func programVersion(path string) (string, error) {
+	out, err := exec.Command(path, "-version").Output()
+	if err != nil {
+		return "", fmt.Errorf("run %s -version: %w", path, err)
+	}
+	line, _, _ := bytes.Cut(out, []byte("\n"))
+	return strings.TrimPrefix(printable(line), "QEMU emulator version "), nil
+}
+
+// Name is "kvm" or "qemu", as driverloader.Probe takes it.
+func (d *Driver) Name() string {
+	if d.accel == KVM {
+		return "kvm"
+	}
+	return "qemu"
+}
+
+// Path of the QEMU program.
+func (d *Driver) Path() string { return d.path }
+
+// Version of the QEMU program; empty if it does not run. The first call runs
+// it, which takes some 30 ms.
+func (d *Driver) Version() string {
+	v, err := d.version()
+	if err != nil {
+		glog.Warningf("qemu version: %v", err)
+	}
+	return v
+}
+
+// Start boots a VM; see hypervisor.Driver.
+func (d *Driver) Start(ctx context.Context, c hypervisor.Config) (hypervisor.VM, error) {
+	v, err := d.start(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("start vm %s: %w", c.Name, err)
+	}
+	return v, nil
+}
+
+// undo runs its functions in reverse order.
+type undo []func()
+
+func (u *undo) add(f func()) { *u = append(*u, f) }
+
+func (u *undo) run() {
+	for i := len(*u) - 1; i >= 0; i-- {
+		(*u)[i]()
+	}
+	*u = nil
+}
+
+func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := checkFiles(c); err != nil {
+		return nil, err
+	}
+	// failed undoes everything if Start fails; child closes what only QEMU
+	// needs once it has been started.
+	var failed, child undo
+	defer func() {
+		child.run()
+		if err != nil {
+			failed.run()
+		}
+	}()
+
+	v := &vm{
+		name:    c.Name,
+		done:    make(chan struct{}),
+		running: make(chan struct{}, 1),
+	}
+	opts := ArgsOptions{Arch: hostArch, Accel: d.accel, TSCKHz: tscKHz()}
+
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	child.add(func() { null.Close() })
+	errRead, errWrite, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make pipe: %w", err)
+	}
+	failed.add(func() { errRead.Close() })
+	child.add(func() { errWrite.Close() })
+
+	files := []*os.File{null, errWrite, errWrite}
+	pass := func(f *os.File) int {
+		files = append(files, f)
+		return len(files) - 1
+	}
+	pair := func() (net.Conn, int, error) {
+		host, guest, err := socketPair()
+		if err != nil {
+			return nil, 0, err
+		}
+		failed.add(func() { host.Close() })
+		child.add(func() { guest.Close() })
+		return host, pass(guest), nil
+	}
+	var monitor, console net.Conn
+	if monitor, opts.QMPFD, err = pair(); err != nil {
+		return nil, err
+	}
+	if console, opts.ConsoleFD, err = pair(); err != nil {
+		return nil, err
+	}
+	if c.Transport == hypervisor.TransportVsock {
+		vhost, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0)
+		if err != nil {
+			return nil, fmt.Errorf("%w; load the module vhost_vsock or use the serial transport", err)
+		}
+		child.add(func() { vhost.Close() })
+		opts.VhostFD = pass(vhost)
+		v.cid, v.port = c.CID, c.VsockPort
+	} else {
+		var agent net.Conn
+		if agent, opts.AgentFD, err = pair(); err != nil {
+			return nil, err
+		}
+		v.agent = agent.(*net.UnixConn)
+	}
+	consoleTo := []io.Writer{&v.console}
+	if c.ConsoleLog != "" {
+		log, err := openConsoleLog(c.ConsoleLog, c.ConsoleLimit)
+		if err != nil {
+			return nil, fmt.Errorf("console log: %w", err)
+		}
+		failed.add(func() { log.f.Close() })
+		v.files = append(v.files, log.f)
+		consoleTo = append(consoleTo, log)
+	}
+
+	args, err := Args(c, opts)
+	if err != nil {
+		return nil, err
+	}
+	if v.proc, err = d.spawn(c, args, files); err != nil {
+		return nil, err
+	}
+	child.run()
+	failed = nil // from here on reap closes everything
+
+	v.qmp = qmp.New(monitor)
+	v.readers.Go(func() { drain(console, consoleTo...); console.Close() })
+	v.readers.Go(func() { drain(errRead, &v.stderr); errRead.Close() })
+	go v.reap()
+
+	g, err := v.qmp.Handshake(ctx)
+	if err != nil {
+		if ctx.Err() == nil && errors.Is(err, qmp.ErrClosed) {
+			// QEMU refused its arguments or crashed: its own words say why.
+			v.proc.kill()
+			exit := v.Exit()
+			return nil, fmt.Errorf("%s %s", d.path, exit)
+		}
+		v.Kill()
+		<-v.done
+		return nil, err
+	}
+	glog.V(1).Infof("vm %s: qemu %d.%d.%d (%s) runs as pid %d", c.Name, g.Major, g.Minor, g.Micro, g.Package, v.Pid())
+	return v, nil
+}
+
+// checkFiles finds what QEMU would not, in words that name the field.
+func checkFiles(c hypervisor.Config) error {
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	for _, f := range []struct{ field, path string }{{"kernel", c.Kernel}, {"initrd", c.Initrd}} {
+		s, err := os.Stat(f.path)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.field, err)
+		}
+		if !s.Mode().IsRegular() {
+			return fmt.Errorf("%s: %s is not a regular file", f.field, f.path)
+		}
+	}
+	for i, sh := range c.Shares {
+		s, err := os.Stat(sh.Path)
+		if err != nil {
+			return fmt.Errorf("shares[%d]: %w", i, err)
+		}
+		if !s.IsDir() {
+			return fmt.Errorf("shares[%d]: %s is not a directory", i, sh.Path)
+		}
+	}
+	return nil
+}
+
+// spawn starts QEMU, confined if c says so and the host lets us.
+func (d *Driver) spawn(c hypervisor.Config, args []string, files []*os.File) (*process, error) {
+	argv := append([]string{d.path}, args...)
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
+	return spawn(d.path, argv, env, files, nil)
+}
+
+// socketPair returns two connected stream sockets: one for us, and one for a
+// child, in blocking mode as QEMU expects it.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make socket pair: %w", err)
+	}
+	ours := os.NewFile(uintptr(fds[0]), "socket")
+	theirs := os.NewFile(uintptr(fds[1]), "socket")
+	conn, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		theirs.Close()
+		return nil, nil, fmt.Errorf("make socket pair: %w", err)
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
