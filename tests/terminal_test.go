@@ -90,7 +90,11 @@ func (r *rt) onTerminal(rows, cols uint16, args ...string) (*terminal, *exec.Cmd
 func TestRunTerminal(t *testing.T) {
 	t.Parallel()
 	r := newRT(t)
-	s := sh(`stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all three
+	settle := ""
+	if !host.vm {
+		settle = "sleep 0.5\n" // runc sets the size a moment after the start
+	}
+	s := sh(settle + `stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all three
 trap 'echo; stty size; echo resized' WINCH
 trap 'echo interrupted' INT
 echo ready
