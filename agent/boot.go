@@ -1,0 +1,226 @@
+package agent
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// ModuleList is the file of the initrd that names the kernel modules to load:
+// one path per line, relative to /, in the order of their dependencies; lines
+// that begin with # are comments.
+const ModuleList = "/etc/runv/modules"
+
+// CgroupRoot is the cgroup that containers' cgroups are made in.
+const CgroupRoot = "/sys/fs/cgroup"
+
+// ResolvConf is the guest's resolv.conf.
+const ResolvConf = "/run/runv/resolv.conf"
+
+// Params are the agent's words on the kernel command line.
+type Params struct {
+	// Vsock is set by runv.transport=vsock; else the transport is the serial port.
+	Vsock bool
+	// Debug is set by runv.debug.
+	Debug bool
+}
+
+// ParseParams reads a kernel command line.
+func ParseParams(cmdline string) (Params, error) {
+	var p Params
+	for w := range strings.FieldsSeq(cmdline) {
+		key, value, _ := strings.Cut(w, "=")
+		switch key {
+		case "runv.transport":
+			switch value {
+			case "serial":
+			case "vsock":
+				p.Vsock = true
+			default:
+				return p, fmt.Errorf("kernel command line: runv.transport is %q, want serial or vsock", value)
+			}
+		case "runv.debug":
+			p.Debug = true
+		}
+	}
+	return p, nil
+}
+
+// fileSystem is one mount of the guest.
+type fileSystem struct {
+	kind, dir string
+	flags     uintptr
+	data      string
+	// optional: the kernel may be built without it.
+	optional bool
+}
+
+const secure = unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV
+
+var fileSystems = []fileSystem{
+	{kind: "proc", dir: "/proc", flags: secure},
+	{kind: "sysfs", dir: "/sys", flags: secure},
+	{kind: "devtmpfs", dir: "/dev", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=0755"},
+	{kind: "devpts", dir: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "ptmxmode=0666,mode=0620,gid=5"},
+	{kind: "tmpfs", dir: "/dev/shm", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=1777"},
+	{kind: "mqueue", dir: "/dev/mqueue", flags: secure, optional: true},
+	{kind: "tmpfs", dir: "/run", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=0755"},
+	{kind: "tmpfs", dir: "/tmp", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=1777"},
+	{kind: "cgroup2", dir: CgroupRoot, flags: secure, data: "nsdelegate,memory_recursiveprot"},
+}
+
+// Boot makes the guest usable, apart from its modules. It may be called only
+// by pid 1, once.
+func Boot() error {
+	if err := leaveRootfs(); err != nil {
+		return err
+	}
+	for _, fs := range fileSystems {
+		if err := os.MkdirAll(fs.dir, 0o755); err != nil {
+			return fmt.Errorf("mount %s: %w", fs.kind, err)
+		}
+		if err := unix.Mount(fs.kind, fs.dir, fs.kind, fs.flags, fs.data); err != nil {
+			if fs.optional && errors.Is(err, unix.ENODEV) {
+				continue
+			}
+			return fmt.Errorf("mount %s on %s: %w", fs.kind, fs.dir, err)
+		}
+	}
+	for name, target := range map[string]string{
+		"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2",
+	} {
+		if err := os.Symlink(target, name); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	if err := os.MkdirAll(agentv1.ShareDir, 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(ResolvConf, nil, 0o644); err != nil {
+		return err
+	}
+	if err := delegateControllers(CgroupRoot); err != nil {
+		return err
+	}
+	return linkUp("lo")
+}
+
+// leaveRootfs puts a bind mount of the initramfs over it and makes that the
+// root. pivot_root(2), which containers need, refuses to replace the initramfs
+// itself, because it is mounted on nothing.
+func leaveRootfs() error {
+	const dir = "/.root"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("/", dir, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind the root file system: %w", err)
+	}
+	if err := unix.Chdir(dir); err != nil {
+		return fmt.Errorf("enter the root file system: %w", err)
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move the root file system: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("change root: %w", err)
+	}
+	return unix.Chdir("/")
+}
+
+// delegateControllers lets the children of a cgroup use all of its controllers.
+func delegateControllers(dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(dir, "cgroup.subtree_control")
+	for c := range strings.FieldsSeq(string(b)) {
+		if err := os.WriteFile(file, []byte("+"+c), 0); err != nil {
+			return fmt.Errorf("enable cgroup controller %s: %w", c, err)
+		}
+	}
+	return nil
+}
+
+// linkUp sets a network interface up.
+func linkUp(name string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	r, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, r); err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	r.SetUint16(r.Uint16() | unix.IFF_UP)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r); err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	return nil
+}
+
+// moduleList parses the file at ModuleList.
+func moduleList(b []byte) []string {
+	var paths []string
+	s := bufio.NewScanner(bytes.NewReader(b))
+	for s.Scan() {
+		if l := strings.TrimSpace(s.Text()); l != "" && l[0] != '#' {
+			paths = append(paths, filepath.Clean("/"+l))
+		}
+	}
+	return paths
+}
+
+// loadModules loads the listed modules. What fails is logged: whoever needs
+// the module will fail with an error of its own.
+func loadModules(ctx context.Context, log *log.Logger) {
+	b, err := os.ReadFile(ModuleList)
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) { // a kernel may have all built in
+			log.Print(err)
+		}
+		return
+	}
+	for _, path := range moduleList(b) {
+		if ctx.Err() != nil {
+			return
+		}
+		if err := loadModule(path); err != nil {
+			log.Printf("load module %s: %v", path, err)
+		}
+	}
+}
+
+// modInitCompressedFile is MODULE_INIT_COMPRESSED_FILE of finit_module(2).
+const modInitCompressedFile = 4
+
+func loadModule(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	flags := 0
+	if filepath.Ext(path) != ".ko" {
+		flags = modInitCompressedFile
+	}
+	if err := unix.FinitModule(fd, "", flags); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return nil
+}

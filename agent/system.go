@@ -1,0 +1,154 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// Guest is the System of a real guest.
+type Guest struct {
+	log    *log.Logger
+	loaded chan struct{}
+}
+
+// NewGuest returns the guest that this process is pid 1 of, and begins to load
+// its modules. It ends that early if ctx does.
+func NewGuest(ctx context.Context, log *log.Logger) *Guest {
+	g := &Guest{log: log, loaded: make(chan struct{})}
+	go func() {
+		defer close(g.loaded)
+		loadModules(ctx, log)
+	}()
+	return g
+}
+
+// Ready implements System.
+func (g *Guest) Ready(ctx context.Context) error {
+	select {
+	case <-g.loaded:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Info implements System.
+func (g *Guest) Info() (*agentv1.HelloResponse, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return nil, fmt.Errorf("uname: %w", err)
+	}
+	var s unix.Sysinfo_t
+	if err := unix.Sysinfo(&s); err != nil {
+		return nil, fmt.Errorf("sysinfo: %w", err)
+	}
+	return &agentv1.HelloResponse{
+		KernelRelease: unix.ByteSliceToString(u.Release[:]),
+		Architecture:  runtime.GOARCH,
+		Cpus:          uint32(runtime.NumCPU()),
+		MemoryBytes:   int64(uint64(s.Totalram) * uint64(s.Unit)),
+	}, nil
+}
+
+// SetClock implements System.
+func (g *Guest) SetClock(t time.Time) error {
+	ts := unix.NsecToTimespec(t.UnixNano())
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
+}
+
+// Requests of random(4).
+const (
+	rndAddEntropy = 0x40085203
+	rndReseedCRNG = 0x5207
+)
+
+// AddEntropy implements System.
+func (g *Guest) AddEntropy(b []byte) error {
+	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	// struct rand_pool_info: bits, bytes, data.
+	info := make([]byte, 8, 8+len(b))
+	*(*int32)(unsafe.Pointer(&info[0])) = int32(len(b) * 8)
+	*(*int32)(unsafe.Pointer(&info[4])) = int32(len(b))
+	info = append(info, b...)
+	fd := f.Fd()
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, rndAddEntropy, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+		return fmt.Errorf("RNDADDENTROPY: %w", errno)
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, rndReseedCRNG, 0); errno != 0 {
+		return fmt.Errorf("RNDRESEEDCRNG: %w", errno)
+	}
+	return nil
+}
+
+// SetHostname implements System.
+func (g *Guest) SetHostname(name string) error { return unix.Sethostname([]byte(name)) }
+
+// SetMachineID implements System.
+func (g *Guest) SetMachineID(id string) error {
+	if id == "" {
+		b := make([]byte, 16)
+		if _, err := rand.Read(b); err != nil {
+			return err
+		}
+		id = hex.EncodeToString(b)
+	}
+	if err := os.MkdirAll("/etc", 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile("/etc/machine-id", []byte(id+"\n"), 0o444)
+}
+
+// MountShare implements System.
+func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
+	dir := filepath.Join(agentv1.ShareDir, s.Tag)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	data := s.Options
+	if s.Type == "9p" {
+		data = joinOptions("trans=virtio,version=9p2000.L,msize=524288", s.Options)
+	}
+	var flags uintptr
+	if s.ReadOnly {
+		flags |= unix.MS_RDONLY
+	}
+	if err := unix.Mount(s.Tag, dir, s.Type, flags, data); err != nil {
+		_ = os.Remove(dir)
+		return nil, err
+	}
+	return func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			g.log.Printf("unmount share %s: %v", s.Tag, err)
+			return
+		}
+		_ = os.Remove(dir)
+	}, nil
+}
+
+// joinOptions appends options to those that are always set.
+func joinOptions(fixed, more string) string {
+	if more = strings.Trim(more, ","); more == "" {
+		return fixed
+	}
+	return fixed + "," + more
+}
+
+// Sync implements System.
+func (g *Guest) Sync() { unix.Sync() }
