@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"time"
 
@@ -34,25 +35,41 @@ const (
 // outputTail is how much of each of a failed hook's outputs is kept, in bytes.
 const outputTail = 1024
 
+// Runner runs hooks. Its zero value runs them in the caller's namespaces.
+type Runner struct {
+	// MountNS is the mount namespace for the hooks; optional.
+	MountNS *os.File
+}
+
 // Run runs the hooks one after the other and stops at the first that fails. Its
 // error names the hook as runc does: "error running createRuntime hook #0: …".
 // When ctx ends, the hook that runs is killed with its whole process group.
-func Run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
-	return run(ctx, name, hooks, state, func(error) bool { return false })
+func (r Runner) Run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
+	return r.run(ctx, name, hooks, state, func(error) bool { return false })
 }
 
 // RunAll runs every hook, also after one has failed, as the specification wants
 // for poststop. It returns the failures, joined.
-func RunAll(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
+func (r Runner) RunAll(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
 	var errs []error
-	_ = run(ctx, name, hooks, state, func(err error) bool {
+	_ = r.run(ctx, name, hooks, state, func(err error) bool {
 		errs = append(errs, err)
 		return true
 	})
 	return errors.Join(errs...)
 }
 
-func run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State, goOn func(error) bool) error {
+// Run is Runner.Run in the caller's namespaces.
+func Run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
+	return Runner{}.Run(ctx, name, hooks, state)
+}
+
+// RunAll is Runner.RunAll in the caller's namespaces.
+func RunAll(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State) error {
+	return Runner{}.RunAll(ctx, name, hooks, state)
+}
+
+func (r Runner) run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State, goOn func(error) bool) error {
 	if len(hooks) == 0 {
 		return nil
 	}
@@ -61,7 +78,7 @@ func run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State,
 		return fmt.Errorf("encode state for %s hooks: %w", name, err)
 	}
 	for i, h := range hooks {
-		if err := runOne(ctx, h, state.Bundle, stdin); err != nil {
+		if err := r.runOne(ctx, h, state.Bundle, stdin); err != nil {
 			err = fmt.Errorf("error running %s hook #%d: %w", name, i, err)
 			if !goOn(err) {
 				return err
@@ -71,7 +88,7 @@ func run(ctx context.Context, name Name, hooks []specs.Hook, state *specs.State,
 	return nil
 }
 
-func runOne(ctx context.Context, h specs.Hook, dir string, stdin []byte) error {
+func (r Runner) runOne(ctx context.Context, h specs.Hook, dir string, stdin []byte) error {
 	var timeout error
 	if h.Timeout != nil {
 		timeout = fmt.Errorf("hook ran past specified timeout of %.1fs", float64(*h.Timeout))
@@ -95,7 +112,10 @@ func runOne(ctx context.Context, h specs.Hook, dir string, stdin []byte) error {
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	// A hook may leave a daemon behind that holds its output open.
 	cmd.WaitDelay = 500 * time.Millisecond
-	err := cmd.Run()
+	err := r.start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
 	switch {
 	case err == nil, errors.Is(err, exec.ErrWaitDelay) && cmd.ProcessState.Success():
 		return nil
@@ -111,6 +131,28 @@ func runOne(ctx context.Context, h specs.Hook, dir string, stdin []byte) error {
 		return err
 	}
 	return fmt.Errorf("%w, stdout: %s, stderr: %s", err, stdout.line(), stderr.line())
+}
+
+// start starts cmd in the mount namespace. A child has the namespaces of the
+// thread that made it, so one thread enters it and is given up.
+func (r Runner) start(cmd *exec.Cmd) error {
+	if r.MountNS == nil {
+		return cmd.Start()
+	}
+	errc := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			errc <- os.NewSyscallError("unshare", err)
+			return
+		}
+		if err := unix.Setns(int(r.MountNS.Fd()), unix.CLONE_NEWNS); err != nil {
+			errc <- os.NewSyscallError("setns", err)
+			return
+		}
+		errc <- cmd.Start()
+	}()
+	return <-errc
 }
 
 // tail is a writer that keeps the last max bytes.
