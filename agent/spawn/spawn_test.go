@@ -459,6 +459,69 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// TestMain is also the process that starts a sibling.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == "start-sibling" {
+		s := shell("exit 9")
+		s.Sibling, s.Wait = true, true
+		c, err := Start(s)
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println(c.Pid)
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		if err := errors.Join(c.Release(), c.ExecError()); err != nil {
+			os.Exit(2)
+		}
+		<-c.Done()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func TestSibling(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Spec{Path: self, Args: []string{self, "start-sibling"}, Env: os.Environ()}
+	in, goOn, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = out.Close() }()
+	s.Files = [3]*os.File{in, w, os.Stderr}
+	starter, err := Start(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer starter.Close()
+	_, _ = in.Close(), w.Close()
+	var pid int
+	if _, err := fmt.Fscan(out, &pid); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Adopt(pid, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = goOn.Close()
+	if ws := c.Exit().Status; ws.ExitStatus() != 9 {
+		t.Errorf("sibling: %v", ws)
+	}
+	if ws := starter.Exit().Status; ws.ExitStatus() != 0 {
+		t.Errorf("starter: %v", ws)
+	}
+	if _, err := Adopt(os.Getpid(), nil); err == nil {
+		t.Error("a process that is no child was adopted")
+	}
+}
+
 func TestReapAll(t *testing.T) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)

@@ -41,6 +41,12 @@ type Spec struct {
 	// CLONE_NEWUSER.
 	UIDMap, GIDMap []IDMap
 
+	// Sibling makes the child one of this process's parent instead, which
+	// reaps it (see Adopt). Done is closed at its end here too, but what Exit
+	// says is of no use. A process that is pid 1 of its namespace cannot have
+	// siblings.
+	Sibling bool
+
 	// Proc is an open directory of the procfs of this process's pid
 	// namespace. Nil: /proc, which is wrong on a thread with another root.
 	Proc *os.File

@@ -31,9 +31,11 @@ type Child struct {
 	// Pid in the pid namespace of this process.
 	Pid int
 
-	done   chan struct{} // closed by ended
-	reaped bool          // guarded by children
-	exit   Exit          // valid when done is closed
+	pidFD   int           // closed after done
+	sibling bool          // not a child of this process
+	done    chan struct{} // closed by ended
+	reaped  bool          // guarded by children
+	exit    Exit          // valid when done is closed
 
 	reports *os.File
 	goPipe  *os.File
@@ -103,7 +105,7 @@ func Start(s *Spec) (*Child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Child{reports: reports, done: make(chan struct{})}
+	c := &Child{sibling: s.Sibling, reports: reports, done: make(chan struct{})}
 	childGo, goPipe, err := goPipes()
 	if err != nil {
 		_ = unix.Close(childReports)
@@ -172,7 +174,11 @@ func Start(s *Spec) (*Child, error) {
 func newParams(s *Spec) (*params, error) {
 	p := &params{pidFD: -1}
 	p.clone.flags = uint64(s.CloneFlags) | unix.CLONE_PIDFD
-	p.clone.exitSignal = uint64(unix.SIGCHLD)
+	if s.Sibling {
+		p.clone.flags |= unix.CLONE_PARENT // and its signal is this process's
+	} else {
+		p.clone.exitSignal = uint64(unix.SIGCHLD)
+	}
 	if s.CgroupFD != nil {
 		p.clone.flags |= unix.CLONE_INTO_CGROUP
 		p.clone.cgroup = uint64(s.CgroupFD.Fd())

@@ -2,6 +2,7 @@ package spawn
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"syscall"
@@ -27,11 +28,47 @@ var children = struct {
 
 // register takes a new child in; children is locked.
 func register(c *Child, pidFD int) {
-	children.byPid[c.Pid] = c
+	if !c.sibling {
+		children.byPid[c.Pid] = c
+	}
 	// Non-blocking, so that waiting for it takes a goroutine and no thread.
 	_ = unix.SetNonblock(pidFD, true)
 	f := os.NewFile(uintptr(pidFD), "pidfd")
+	c.pidFD = pidFD
 	go c.wait(f)
+}
+
+// Adopt takes in a child of this process that another one made with
+// Spec.Sibling and that waits for its Release there. limits (nil: none) says
+// what Start would have set for it from outside: Rlimits, OOMScoreAdj,
+// Scheduler and IOPriority, for which its maker may not have the privileges.
+func Adopt(pid int, limits *Spec) (*Child, error) {
+	c := &Child{Pid: pid, done: make(chan struct{}), state: stateExecuted}
+	children.Lock()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == nil {
+		// Only a child can be waited for; its status stays.
+		err = unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+		if err == nil {
+			register(c, fd)
+		} else {
+			_ = unix.Close(fd)
+		}
+	}
+	children.Unlock()
+	if err != nil {
+		return nil, fmt.Errorf("spawn: adopt process %d: %w", pid, err)
+	}
+	if limits == nil {
+		return c, nil
+	}
+	if err := configure(&Spec{
+		Rlimits: limits.Rlimits, OOMScoreAdj: limits.OOMScoreAdj, Scheduler: limits.Scheduler,
+		IOPriority: limits.IOPriority, Proc: limits.Proc,
+	}, pid); err != nil {
+		return c, err
+	}
+	return c, nil
 }
 
 // wait ends when the child is reaped.
@@ -61,6 +98,9 @@ func (c *Child) reap(options int) bool {
 	if c.reaped {
 		return true
 	}
+	if c.sibling {
+		return c.siblingEnded()
+	}
 	for {
 		var ws syscall.WaitStatus
 		pid, err := syscall.Wait4(c.Pid, &ws, options, nil)
@@ -75,6 +115,16 @@ func (c *Child) reap(options int) bool {
 		}
 		return c.reaped
 	}
+}
+
+// siblingEnded looks at a process that only its parent can reap; children is
+// locked.
+func (c *Child) siblingEnded() bool {
+	p := []unix.PollFd{{Fd: int32(c.pidFD), Events: unix.POLLIN}}
+	if n, err := unix.Poll(p, 0); n == 1 && err == nil {
+		c.ended(0)
+	}
+	return c.reaped
 }
 
 // ended records the child's end; children is locked.
@@ -102,7 +152,7 @@ func ReapAll() {
 		if err != nil || pid <= 0 {
 			return
 		}
-		if c := children.byPid[pid]; c != nil && (ws.Exited() || ws.Signaled()) {
+		if c := children.byPid[pid]; c != nil {
 			c.ended(ws)
 		}
 	}
