@@ -72,8 +72,9 @@ func (b *built) Exec(ctx context.Context, spec *agentv1.Process, io agent.Stdio)
 func (b *built) Kill(sig syscall.Signal, all bool) error {
 	return translate(b.Container.Kill(sig, all))
 }
-func (b *built) Pause(context.Context) error  { return translate(b.Container.Pause()) }
-func (b *built) Resume(context.Context) error { return translate(b.Container.Resume()) }
+
+func (b *built) Pause(ctx context.Context) error  { return translate(b.Container.Pause(ctx)) }
+func (b *built) Resume(ctx context.Context) error { return translate(b.Container.Resume(ctx)) }
 
 func (b *built) Destroy() error {
 	if err := b.Container.Destroy(); err != nil {
