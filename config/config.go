@@ -64,7 +64,7 @@ type Config struct {
 
 	Driver       string   `toml:"driver" usage:"hypervisor driver, such as 'kvm' or 'qemu'; empty: the best that works here"`
 	QEMU         string   `toml:"qemu" usage:"path of the QEMU program; empty: looked up in PATH"`
-	QEMUSandbox  bool     `toml:"qemu-sandbox" usage:"confine QEMU with its system call filter, a mount namespace and few capabilities"`
+	QEMUSandbox  bool     `toml:"qemu-sandbox" usage:"confine QEMU with its system call filter, a mount namespace and few capabilities; on unless =false"`
 	Machine      string   `toml:"machine" usage:"machine type; empty: the driver's default"`
 	Kernel       string   `toml:"kernel" usage:"guest kernel, as 'runv manage build-guest' makes it"`
 	Initrd       string   `toml:"initrd" usage:"guest initrd, as 'runv manage build-guest' makes it"`

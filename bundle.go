@@ -1,0 +1,162 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/urfave/cli/v3"
+
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/client"
+	"github.com/hyperhq/runv/ocispec"
+	"github.com/hyperhq/runv/state"
+)
+
+// specFile is the name of a bundle's configuration.
+const specFile = "config.json"
+
+// loadSpec reads the configuration of a bundle. dir is absolute.
+func loadSpec(dir string) (*specs.Spec, error) {
+	if st, err := os.Stat(dir); err != nil {
+		return nil, fmt.Errorf("bundle: %w", err)
+	} else if !st.IsDir() {
+		return nil, fmt.Errorf("bundle: %s is not a directory", dir)
+	}
+	f, err := os.Open(filepath.Join(dir, specFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("JSON specification file %s not found in %s", specFile, dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return ocispec.Load(f)
+}
+
+// bundleDir is the --bundle flag as an absolute path.
+func bundleDir(cmd *cli.Command) (string, error) {
+	dir, err := filepath.Abs(cmd.String("bundle"))
+	if err != nil {
+		return "", fmt.Errorf("bundle: %w", err)
+	}
+	return dir, nil
+}
+
+// request reads the bundle that the flags name and says what a container made
+// of it needs: the request and the network namespace.
+func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.CreateRequest, string, error) {
+	if err := state.ValidateID(id); err != nil {
+		return nil, nil, "", err
+	}
+	dir, err := bundleDir(cmd)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	spec, err := loadSpec(dir)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	vm, err := a.vm()
+	if err != nil {
+		return nil, nil, "", err
+	}
+	req, err := ocispec.Translate(spec, ocispec.Options{
+		ID:            id,
+		Bundle:        dir,
+		VM:            vm,
+		SystemdCgroup: cmd.Bool("systemd-cgroup"),
+		NoPivot:       cmd.Bool("no-pivot"),
+		Rootless:      a.rootless(cmd),
+		HostDevice: func(_, typ string, major, minor int64) bool {
+			return !ocispec.VirtualDevice(typ, major, minor)
+		},
+		Warn: a.log.warning,
+	})
+	if err != nil {
+		return nil, nil, "", err
+	}
+	return spec, req, networkOf(spec), nil
+}
+
+// rootless is the --rootless flag.
+func (a *app) rootless(cmd *cli.Command) bool {
+	switch cmd.String("rootless") {
+	case "true":
+		return true
+	case "false":
+		return false
+	}
+	return os.Geteuid() != 0
+}
+
+// networkOf is where a container's stand-in lives.
+func networkOf(spec *specs.Spec) string {
+	if spec.Linux == nil {
+		return client.NetworkHost
+	}
+	for _, ns := range spec.Linux.Namespaces {
+		if ns.Type != specs.NetworkNamespace {
+			continue
+		}
+		if ns.Path == "" {
+			return client.NetworkNew
+		}
+		return ns.Path
+	}
+	return client.NetworkHost
+}
+
+// vm is what the configuration says of virtual machines. The files are looked
+// for here, where the answer can say what to do.
+func (a *app) vm() (*supervisorv1.VM, error) {
+	c := &a.config
+	for _, f := range []struct{ key, path string }{{"kernel", c.Kernel}, {"initrd", c.Initrd}} {
+		st, err := os.Stat(f.path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, fmt.Errorf("guest %s %s does not exist: make it with 'runv manage build-guest', or name another with --%s", f.key, f.path, f.key)
+		case err != nil:
+			return nil, fmt.Errorf("guest %s: %w", f.key, err)
+		case !st.Mode().IsRegular():
+			return nil, fmt.Errorf("guest %s %s is not a regular file", f.key, f.path)
+		}
+	}
+	kernel, err := filepath.Abs(c.Kernel)
+	if err != nil {
+		return nil, fmt.Errorf("guest kernel: %w", err)
+	}
+	initrd, err := filepath.Abs(c.Initrd)
+	if err != nil {
+		return nil, fmt.Errorf("guest initrd: %w", err)
+	}
+	return &supervisorv1.VM{
+		Driver: c.Driver, Machine: c.Machine, Kernel: kernel, Initrd: initrd, KernelParams: c.KernelParams,
+		Vcpus: uint32(c.VCPUs), MemoryMib: uint32(c.Memory), Transport: c.Transport, Network: c.Network,
+		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox,
+		BootTimeoutMs: uint32(time.Duration(c.BootTimeout).Milliseconds()),
+	}, nil
+}
+
+// preserveFDs refuses what a virtual machine cannot have.
+func preserveFDs(cmd *cli.Command) error {
+	if n := cmd.Int("preserve-fds"); n > 0 {
+		return fmt.Errorf("--preserve-fds=%d: an open file of this host cannot be passed into a virtual machine", n)
+	}
+	return nil
+}
+
+// checkConsole is runc's rule for --console-socket.
+func checkConsole(terminal, detach bool, socket string) error {
+	if terminal && detach && socket == "" {
+		return errors.New("cannot allocate tty if runv will detach without setting console socket")
+	}
+	if (!terminal || !detach) && socket != "" {
+		return errors.New("cannot use console socket if runv will not detach or allocate tty")
+	}
+	return nil
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Real-time signals as programs for Linux count them: the C library keeps the
+// first two for itself.
+const (
+	sigRTMin = 34
+	sigRTMax = 64
+)
+
+// parseSignal reads a signal as kill(1) takes it: a number, or a name with or
+// without SIG, in any case, RTMIN+n and RTMAX-n included.
+func parseSignal(text string) (unix.Signal, error) {
+	unknown := fmt.Errorf("unknown signal %q", text)
+	if n, err := strconv.Atoi(text); err == nil {
+		if n < 0 || n > sigRTMax {
+			return 0, unknown
+		}
+		return unix.Signal(n), nil
+	}
+	name := strings.TrimPrefix(strings.ToUpper(text), "SIG")
+	for prefix, base := range map[string]int{"RTMIN": sigRTMin, "RTMAX": sigRTMax} {
+		rest, ok := strings.CutPrefix(name, prefix)
+		if !ok {
+			continue
+		}
+		n := 0
+		if rest != "" {
+			var err error
+			if n, err = strconv.Atoi(rest); err != nil || rest[0] != '+' && rest[0] != '-' {
+				return 0, unknown
+			}
+		}
+		if n += base; n < sigRTMin || n > sigRTMax {
+			return 0, unknown
+		}
+		return unix.Signal(n), nil
+	}
+	if s := unix.SignalNum("SIG" + name); s != 0 {
+		return s, nil
+	}
+	return 0, unknown
+}
+
+// interrupted is the end of a command by a signal before it was done.
+type interrupted struct{ sig syscall.Signal }
+
+func (e interrupted) Error() string {
+	return fmt.Sprintf("interrupted by signal %d (%s)", e.sig, e.sig)
+}
+
+// signals turns the signals that the command gets into the end of a context,
+// until there is a process to pass them on to.
+type signals struct {
+	c    chan os.Signal
+	to   chan func(syscall.Signal)
+	stop chan struct{}
+	done chan struct{}
+}
+
+// catchSignals begins to do so. The caller stops it.
+func catchSignals(ctx context.Context) (context.Context, *signals) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s := &signals{
+		c: make(chan os.Signal, 64), to: make(chan func(syscall.Signal)),
+		stop: make(chan struct{}), done: make(chan struct{}),
+	}
+	ending := []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT}
+	signal.Notify(s.c, ending...)
+	go func() {
+		defer close(s.done)
+		defer cancel(context.Canceled)
+		defer signal.Stop(s.c)
+		var pass func(syscall.Signal)
+		for {
+			select {
+			case <-s.stop:
+				return
+			case pass = <-s.to:
+				signal.Notify(s.c, forwarded()...)
+			case sig := <-s.c:
+				n, ok := sig.(syscall.Signal)
+				switch {
+				case !ok:
+				case pass != nil:
+					pass(n)
+				default:
+					cancel(&exitError{code: 128 + int(n), err: interrupted{n}})
+				}
+			}
+		}
+	}()
+	return ctx, s
+}
+
+// forwarded are the signals that are passed on: all that mean something to a
+// program and do not come from the Go runtime or from this process's own
+// children and output.
+func forwarded() []os.Signal {
+	var list []os.Signal
+	for n := unix.Signal(1); n <= sigRTMax; n++ {
+		switch n {
+		case unix.SIGKILL, unix.SIGSTOP, unix.SIGCHLD, unix.SIGPIPE, unix.SIGURG:
+			continue
+		}
+		list = append(list, n)
+	}
+	return list
+}
+
+// forward makes every further signal go to pass.
+func (s *signals) forward(pass func(syscall.Signal)) {
+	select {
+	case s.to <- pass:
+	case <-s.done:
+	}
+}
+
+// end stops catching and waits until that is so.
+func (s *signals) end() {
+	close(s.stop)
+	<-s.done
+}
