@@ -304,3 +304,6 @@ func socketPair() (*net.UnixConn, *os.File, error) {
 	}
 	return conn.(*net.UnixConn), theirs, nil
 }
+
+// Package is the Debian package that has QEMU for this architecture.
+func Package() string { return arches[hostArch].pkg }
