@@ -157,7 +157,7 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 	if linux.Seccomp != nil {
 		filter, flags, err := seccomp.Compile(linux.Seccomp, o.Arch)
 		if err != nil {
-			return nil, fmt.Errorf("linux.seccomp%w", err)
+			return nil, err
 		}
 		if filter != nil {
 			c.Seccomp = &agentv1.Seccomp{Filter: filter, Flags: flags}
