@@ -1,0 +1,208 @@
+package container
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"runtime"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// Fields of struct bpf_cgroup_dev_ctx and their values; see bpf(2) and
+// Documentation/admin-guide/cgroup-v2.rst, "Device controller".
+const (
+	devCtxAccess = 0 // type in the low half, access in the high one
+	devCtxMajor  = 4
+	devCtxMinor  = 8
+
+	devBlock = 1
+	devChar  = 2
+
+	accMknod = 1
+	accRead  = 2
+	accWrite = 4
+)
+
+// Instructions of BPF that the program needs.
+const (
+	bpfLoadWord = unix.BPF_LDX | unix.BPF_MEM | unix.BPF_W
+	bpfMov32    = 0x04 | 0xb0 // BPF_ALU | BPF_MOV | BPF_K
+	bpfMov32X   = 0x04 | 0xb0 | 0x08
+	bpfAnd32    = 0x04 | 0x50
+	bpfRsh32    = 0x04 | 0x70
+	bpfJne      = 0x05 | 0x50 // BPF_JMP | BPF_JNE | BPF_K
+	bpfJeq      = 0x05 | 0x10
+	bpfExit     = 0x05 | 0x90
+)
+
+type bpfInsn struct {
+	code     uint8
+	dst, src uint8
+	off      int16
+	imm      int32
+}
+
+func (i bpfInsn) append(b []byte) []byte {
+	b = append(b, i.code, i.dst|i.src<<4)
+	b = binary.NativeEndian.AppendUint16(b, uint16(i.off))
+	return binary.NativeEndian.AppendUint32(b, uint32(i.imm))
+}
+
+// deviceProgram translates rules to a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
+// Every kind of access is decided by the last rule that fits it; what no rule
+// fits is allowed, as in a cgroup without rules.
+func deviceProgram(rules []*agentv1.DeviceRule) ([]byte, error) {
+	// r2 type, r3 access that is not decided yet, r4 major, r5 minor
+	prog := []bpfInsn{
+		{code: bpfLoadWord, dst: 2, src: 1, off: devCtxAccess},
+		{code: bpfMov32X, dst: 3, src: 2},
+		{code: bpfAnd32, dst: 2, imm: 0xffff},
+		{code: bpfRsh32, dst: 3, imm: 16},
+		{code: bpfLoadWord, dst: 4, src: 1, off: devCtxMajor},
+		{code: bpfLoadWord, dst: 5, src: 1, off: devCtxMinor},
+	}
+	for i := len(rules) - 1; i >= 0; i-- {
+		block, err := ruleProgram(rules[i])
+		if err != nil {
+			return nil, fmt.Errorf("resources.devices[%d]: %w", i, err)
+		}
+		prog = append(prog, block...)
+	}
+	prog = append(prog, bpfInsn{code: bpfMov32, imm: 1}, bpfInsn{code: bpfExit})
+	var b []byte
+	for _, insn := range prog {
+		b = insn.append(b)
+	}
+	return b, nil
+}
+
+// ruleProgram is one rule; jumps that leave it go to its end.
+func ruleProgram(r *agentv1.DeviceRule) ([]bpfInsn, error) {
+	var access int32
+	for _, c := range r.GetAccess() {
+		switch c {
+		case 'r':
+			access |= accRead
+		case 'w':
+			access |= accWrite
+		case 'm':
+			access |= accMknod
+		default:
+			return nil, fmt.Errorf("access %q: want letters of rwm", r.GetAccess())
+		}
+	}
+	var block []bpfInsn
+	var skips []int
+	skipUnless := func(reg uint8, value int64) {
+		skips = append(skips, len(block))
+		block = append(block, bpfInsn{code: bpfJne, dst: reg, imm: int32(value)})
+	}
+	switch r.GetType() {
+	case "a":
+	case "b":
+		skipUnless(2, devBlock)
+	case "c":
+		skipUnless(2, devChar)
+	default:
+		return nil, fmt.Errorf("type %q: want a, b or c", r.GetType())
+	}
+	if r.GetType() != "a" {
+		for i, n := range []int64{r.GetMajor(), r.GetMinor()} {
+			if n < -1 || n > math.MaxInt32 {
+				return nil, fmt.Errorf("number %d is no device number", n)
+			}
+			if n >= 0 {
+				skipUnless(uint8(4+i), n)
+			}
+		}
+	}
+	if r.GetAllow() {
+		block = append(block, bpfInsn{code: bpfAnd32, dst: 3, imm: ^access})
+		skipUnless(3, 0)
+		block = append(block, bpfInsn{code: bpfMov32, imm: 1})
+	} else {
+		block = append(block,
+			bpfInsn{code: bpfMov32X, dst: 0, src: 3},
+			bpfInsn{code: bpfAnd32, dst: 0, imm: access})
+		skips = append(skips, len(block))
+		block = append(block, bpfInsn{code: bpfJeq, dst: 0}, bpfInsn{code: bpfMov32})
+	}
+	block = append(block, bpfInsn{code: bpfExit})
+	for _, at := range skips {
+		block[at].off = int16(len(block) - at - 1)
+	}
+	return block, nil
+}
+
+// setDevices attaches a program with the rules. It lives as long as the cgroup.
+func (c *cgroup) setDevices(rules []*agentv1.DeviceRule) error {
+	if len(rules) == 0 {
+		return nil
+	}
+	prog, err := deviceProgram(rules)
+	if err != nil {
+		return err
+	}
+	fd, err := loadProgram(prog)
+	if err != nil {
+		return fmt.Errorf("resources.devices: load program: %w", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	attr := struct{ target, prog, kind, flags uint32 }{
+		target: uint32(c.dir.Fd()), prog: uint32(fd), kind: unix.BPF_CGROUP_DEVICE, flags: unix.BPF_F_ALLOW_MULTI,
+	}
+	if _, err := bpf(unix.BPF_PROG_ATTACH, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err != nil {
+		return fmt.Errorf("resources.devices: attach program: %w", err)
+	}
+	return nil
+}
+
+func loadProgram(prog []byte) (int, error) {
+	license := []byte("Apache-2.0\x00")
+	log := make([]byte, 4096)
+	attr := struct {
+		kind, count    uint32
+		insns, license uint64
+		level, size    uint32
+		log            uint64
+	}{
+		kind: unix.BPF_PROG_TYPE_CGROUP_DEVICE, count: uint32(len(prog) / 8),
+		insns: uint64(uintptr(unsafe.Pointer(&prog[0]))), license: uint64(uintptr(unsafe.Pointer(&license[0]))),
+	}
+	fd, err := bpf(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EACCES) {
+		attr.level, attr.size, attr.log = 1, uint32(len(log)), uint64(uintptr(unsafe.Pointer(&log[0])))
+		if fd, err = bpf(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err != nil {
+			if text := strings.Join(strings.Fields(string(log[:max(0, indexNul(log))])), " "); text != "" {
+				err = fmt.Errorf("%w: %s", err, text)
+			}
+		}
+	}
+	runtime.KeepAlive(prog)
+	runtime.KeepAlive(license)
+	runtime.KeepAlive(log)
+	return fd, err
+}
+
+func indexNul(b []byte) int {
+	for i, c := range b {
+		if c == 0 {
+			return i
+		}
+	}
+	return len(b)
+}
+
+func bpf(cmd int, attr unsafe.Pointer, size uintptr) (int, error) {
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
+}

@@ -1,0 +1,142 @@
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/agent/spawn"
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// Exec starts a further process and returns when its program is executed.
+func (c *Container) Exec(ctx context.Context, p *agentv1.Process, stdio Stdio) (*Process, error) {
+	if err := ValidateProcess(p); err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	err := c.current().allowed(eventExec)
+	ns, cg, ids, init := c.ns, c.cgroup, c.ids, c.init
+	if err == nil {
+		// Destroy closes the namespaces when the last exec has let go of them.
+		c.execs.Add(1)
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	defer c.execs.Done()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if frozen, err := cg.frozen(); err == nil && frozen {
+		return nil, ErrPaused
+	}
+	if err := chownStdio(stdio, p, ids); err != nil {
+		return nil, err
+	}
+	proc, err := openProc()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = proc.Close() }()
+
+	x := &execution{c: c, ns: ns, init: init, prep: &preparation{
+		process: p, stdio: stdio, seccomp: c.req.GetSeccomp(), proc: proc, ids: ids,
+	}}
+	t := newThread()
+	defer t.close()
+	if err := t.do(x.run); err != nil {
+		return nil, err
+	}
+	return x.process, nil
+}
+
+// execution is one Exec.
+type execution struct {
+	c       *Container
+	ns      map[agentv1.Namespace_Type]*os.File
+	init    *spawn.Child
+	prep    *preparation
+	process *Process
+}
+
+// run runs on a thread of its own.
+func (x *execution) run() error {
+	defer x.prep.close()
+	if pers := x.c.req.GetPersonality(); pers != 0 {
+		if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, uintptr(pers), 0, 0); errno != 0 {
+			return fmt.Errorf("personality: set %#x: %w", pers, errno)
+		}
+	}
+	own, err := openAt(x.prep.proc, "self/ns/user", unix.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = own.Close() }()
+	if err := joinNamespaces(x.ns); err != nil {
+		if hasExited(x.init) {
+			return ErrExecStopped
+		}
+		return err
+	}
+	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = root.Close() }()
+	x.prep.root = rootDir{root}
+	spec, err := x.prep.spec()
+	if err != nil {
+		return err
+	}
+	// What only a process with one thread can join.
+	if user := x.ns[agentv1.Namespace_TYPE_USER]; user != nil && !sameFile(user, own) {
+		spec.Setns = append(spec.Setns, user)
+		spec.JoinsUser = true
+	}
+	if tm := x.ns[agentv1.Namespace_TYPE_TIME]; tm != nil {
+		spec.Setns = append(spec.Setns, tm)
+	}
+	child, err := x.start(spec)
+	if err == nil {
+		err = child.ExecError()
+		child.Close()
+	}
+	if err != nil {
+		if hasExited(x.init) {
+			return ErrExecStopped
+		}
+		return processError(err, x.prep.process)
+	}
+	x.process = &Process{Pid: child.Pid, Child: child, Console: x.prep.takeConsole()}
+	return nil
+}
+
+// start makes the process in the container's cgroup, or in the one that init
+// has gone to: no process may be in a cgroup that hands controllers down.
+func (x *execution) start(spec *spawn.Spec) (*spawn.Child, error) {
+	spec.CgroupFD = x.c.cgroup.dir
+	child, err := spawn.Start(spec)
+	if !errors.Is(err, unix.EBUSY) {
+		return child, err
+	}
+	dir, cerr := x.c.cgroup.of(x.prep.proc, x.init.Pid)
+	if cerr != nil {
+		return nil, errors.Join(err, cerr)
+	}
+	defer func() { _ = dir.Close() }()
+	spec.CgroupFD = dir
+	return spawn.Start(spec)
+}
+
+func openProc() (*os.File, error) {
+	f, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the guest's /proc: %w", err)
+	}
+	return f, nil
+}
