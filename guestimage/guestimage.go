@@ -272,7 +272,7 @@ func checkAgent(ctx context.Context, path string, data []byte) (string, error) {
 		return "", fmt.Errorf("ask agent %s for its version: %w", path, err)
 	}
 	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-	line = strings.TrimPrefix(line, "runv-agent ")
+	line = strings.TrimPrefix(strings.TrimPrefix(line, "runv-agent "), "version ")
 	if line == "" || len(line) > 200 {
 		return "", fmt.Errorf("ask agent %s for its version: it printed %d bytes, want one line", path, len(out))
 	}

@@ -13,16 +13,13 @@ import (
 	"strings"
 )
 
-// bootModules are loaded by the agent when it starts, in this order: what it
-// itself asks of the kernel. Each costs boot time, in proportion to its size; the
-// agent's way to the host comes first, and the rest is loaded while they talk.
+// bootModules are loaded by the agent when it starts, in this order: what every
+// pod needs. Each costs boot time, in proportion to its size; the agent's way to
+// the host comes first, and the rest is loaded while they talk.
 var bootModules = []string{
-	"virtio_mmio",                // every device of the microvm machine
-	"virtio_console",             // the agent's port
-	"vmw_vsock_virtio_transport", // the other transport
-	"9pnet_virtio", "9p",         // the pod's share
-	"virtio_net", // network=user
-	"virtio_rng",
+	"virtio_mmio",        // every device of the microvm machine
+	"virtio_console",     // the agent's port
+	"9pnet_virtio", "9p", // the pod's share
 }
 
 // laterModules are in the initrd for when a container, or the pod's
@@ -31,7 +28,8 @@ var bootModules = []string{
 var laterModules = []string{
 	// File systems: of shares, of images, in containers.
 	"virtiofs", "fuse", "overlay", "ext4", "erofs", "squashfs",
-	// Devices.
+	// Devices. The agent loads the drivers of those that the machine has.
+	"vmw_vsock_virtio_transport", "virtio_net", "virtio_rng",
 	"virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "loop", "tun",
 	// Networks inside a pod.
 	"veth", "bridge", "br_netfilter", "dummy", "macvlan", "ipvlan", "vxlan", "wireguard", "af_packet",
