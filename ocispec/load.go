@@ -114,7 +114,7 @@ func lineOf(data []byte, offset int64) int {
 // columnOf is the column, from 1 and in bytes, of the last byte before offset.
 func columnOf(data []byte, offset int64) int {
 	end := clamp(offset, data)
-	return max(end-bytes.LastIndexByte(data[:end], '\n')-1, 1)
+	return end - bytes.LastIndexByte(data[:end], '\n')
 }
 
 // clamp keeps offset-1 within data: a decoder's offset is behind the offending byte.
@@ -177,7 +177,11 @@ func fieldAt(data []byte, offset int64) string {
 			if b.Len() > 0 {
 				b.WriteByte('.')
 			}
-			b.WriteString(l.key)
+			if isIdentifier(l.key) {
+				b.WriteString(l.key)
+			} else {
+				b.WriteString(strconv.Quote(clip(l.key)))
+			}
 		}
 		return b.String()
 	}

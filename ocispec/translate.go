@@ -323,12 +323,19 @@ func translateNamespaces(list []specs.LinuxNamespace, c *agentv1.CreateContainer
 				out.ContainerId = o.Namespace(ns.Type, ns.Path)
 			}
 			if out.ContainerId == "" {
-				return fmt.Errorf("linux.namespaces[%d].path: %q is a %s namespace of the host, which a container in a VM cannot join", i, clip(ns.Path), ns.Type)
+				return fmt.Errorf("linux.namespaces[%d].path: %q is %s namespace of the host, which a container in a VM cannot join", i, clip(ns.Path), article(string(ns.Type)))
 			}
 		}
 		c.Namespaces = append(c.Namespaces, out)
 	}
 	return nil
+}
+
+func article(noun string) string {
+	if noun == string(specs.IPCNamespace) {
+		return "an " + noun
+	}
+	return "a " + noun
 }
 
 func translateIDMappings(list []specs.LinuxIDMapping) []*agentv1.IDMapping {
@@ -347,7 +354,7 @@ func translateDevices(linux *specs.Linux, c *agentv1.CreateContainerRequest, o *
 	for i := range linux.Devices {
 		d := &linux.Devices[i]
 		if o.HostDevice != nil && d.Type != "p" && o.HostDevice(d.Path, d.Type, d.Major, d.Minor) {
-			line := fmt.Sprintf("linux.devices[%d]: %s (%s %d:%d) is a device of the host, which a VM does not have", i, clip(d.Path), d.Type, d.Major, d.Minor)
+			line := fmt.Sprintf("linux.devices[%d]: %q (%s %d:%d) is a device of the host, which a VM does not have", i, clip(d.Path), d.Type, d.Major, d.Minor)
 			if !all {
 				return errors.New(line)
 			}
