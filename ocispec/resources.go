@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
@@ -36,11 +35,12 @@ func checkResources(r *specs.LinuxResources) error {
 		if m.Swappiness != nil && *m.Swappiness > 100 {
 			return fmt.Errorf("%s.memory.swappiness: is %d, want 0 to 100", field, *m.Swappiness)
 		}
-		if _, err := cgroups.ConvertMemorySwapToCgroupV2Value(value(m.Swap), value(m.Limit)); err != nil {
-			if value(m.Limit) == 0 {
-				return fmt.Errorf("%s.memory.swap: is %d without %s.memory.limit, which it includes", field, value(m.Swap), field)
-			}
-			return fmt.Errorf("%s.memory.swap: is %d, below %s.memory.limit, %d, which it includes", field, value(m.Swap), field, value(m.Limit))
+		switch limit, swap := value(m.Limit), value(m.Swap); {
+		case swap <= 0 || limit == -1:
+		case limit == 0:
+			return fmt.Errorf("%s.memory.swap: is %d without %s.memory.limit, which it includes", field, swap, field)
+		case swap < limit:
+			return fmt.Errorf("%s.memory.swap: is %d, below %s.memory.limit, %d, which it includes", field, swap, field, limit)
 		}
 	}
 	if c := r.CPU; c != nil {
@@ -136,13 +136,8 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 		limit, swap := value(m.Limit), value(m.Swap)
 		set("memory.max", limit)
 		set("memory.low", value(m.Reservation))
-		v2, err := cgroups.ConvertMemorySwapToCgroupV2Value(swap, limit)
-		if err != nil {
-			return nil, fmt.Errorf("%s.memory.swap: %w", field, err)
-		}
-		set("memory.swap.max", v2)
-		if v2 == 0 && swap > 0 {
-			files["memory.swap.max"] = "0"
+		if v := swapMax(swap, limit); v != "" {
+			files["memory.swap.max"] = v
 		}
 		if value(m.Kernel) != 0 || value(m.KernelTCP) != 0 { //nolint:staticcheck // deprecated, and in use
 			o.warn(field + ".memory.kernel: is not applied: cgroup v2 has no such limit")
@@ -160,7 +155,7 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 			files["cpu.idle"] = strconv.FormatInt(*c.Idle, 10)
 		}
 		// The kernel refuses a weight for a group that is idle.
-		if weight := cgroups.ConvertCPUSharesToCgroupV2Value(value(c.Shares)); weight != 0 && !idle {
+		if weight := cpuWeight(value(c.Shares)); weight != 0 && !idle {
 			files["cpu.weight"] = strconv.FormatUint(weight, 10)
 		}
 		if quota, period := value(c.Quota), value(c.Period); quota != 0 || period != 0 {
@@ -232,6 +227,38 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 		out.Devices = append(out.Devices, rule)
 	}
 	return out, nil
+}
+
+// swapMax is memory.swap.max for a limit of memory and swap together, which is
+// what the OCI specification has; empty: leave it alone. The arguments are valid.
+func swapMax(swap, limit int64) string {
+	switch {
+	case swap == 0 && limit != -1:
+		return ""
+	case swap <= 0: // no limit; or none of memory, which says the same of swap
+		return "max"
+	case limit == -1:
+		return strconv.FormatInt(swap, 10)
+	}
+	return strconv.FormatInt(swap-limit, 10)
+}
+
+// cpuWeight is cpu.weight for CPU shares; 0: leave it alone. The curve through
+// the lowest, the default and the highest value of both scales is the one of
+// github.com/opencontainers/cgroups, so that a container weighs the same with
+// every runtime. (Its package is not used here, since it brings a D-Bus client
+// along, and every command of runv would pay for that when it starts.)
+func cpuWeight(shares uint64) uint64 {
+	switch {
+	case shares == 0:
+		return 0
+	case shares <= 2:
+		return 1
+	case shares >= 262144:
+		return 10000
+	}
+	l := math.Log2(float64(shares))
+	return uint64(math.Ceil(math.Pow(10, (l*l+125*l)/612-7.0/34)))
 }
 
 // TranslateResources validates and translates the limits of `update`, as
