@@ -69,8 +69,10 @@ func TestBadInput(t *testing.T) {
 		{name: "rootfs is a file", bundle: change(func(s *specs.Spec) { s.Root.Path = "config.json" }), parts: []string{"root.path", "config.json"}},
 		{name: "missing process", bundle: change(func(s *specs.Spec) { s.Process = nil }), parts: []string{"process"}},
 		{name: "args empty", bundle: change(func(s *specs.Spec) { s.Process.Args = nil }), parts: []string{"process.args"}},
-		{name: "args with an empty program", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{""} }), vm: true, runc: true,
-			parts: []string{`exec: "": executable file not found in $PATH`}},
+		{
+			name: "args with an empty program", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{""} }), vm: true, runc: true,
+			parts: []string{`exec: "": executable file not found in $PATH`},
+		},
 		{name: "NUL in args", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{"true", "a\x00b"} }), parts: []string{"process.args"}},
 		{name: "cwd relative", bundle: change(func(s *specs.Spec) { s.Process.Cwd = "tmp" }), parts: []string{"process.cwd"}},
 		{

@@ -25,7 +25,7 @@ const commandTimeout = 90 * time.Second
 
 // rt is a runtime with a state directory of its own, as one test uses it.
 type rt struct {
-	t     testing.TB
+	t     *testing.T
 	dir   string   // everything of the test lies below it
 	root  string   // --root
 	log   string   // --log
@@ -38,7 +38,7 @@ var serial atomic.Int32
 
 // newRT prepares a runtime for a test and, at its end, removes the containers
 // that are left and compares the host with what it was before.
-func newRT(t testing.TB) *rt {
+func newRT(t *testing.T) *rt {
 	t.Helper()
 	r := newRTNoSlot(t)
 	host.slots <- struct{}{}
@@ -47,7 +47,7 @@ func newRT(t testing.TB) *rt {
 }
 
 // newRTNoSlot is newRT for tests that start no VM, or many at once.
-func newRTNoSlot(t testing.TB) *rt {
+func newRTNoSlot(t *testing.T) *rt {
 	t.Helper()
 	if host.why != "" {
 		skip(t, "%s", host.why)
@@ -224,7 +224,7 @@ func (r *rt) ok(args ...string) string {
 }
 
 // in returns r for use by a subtest.
-func (r *rt) in(t testing.TB) *rt {
+func (r *rt) in(t *testing.T) *rt {
 	c := *r
 	c.t = t
 	// Ids of the copies must not collide.
@@ -257,7 +257,7 @@ func (r *rt) waitStatus(id, want string) {
 }
 
 // waitFor polls until a condition of another process holds.
-func waitFor(t testing.TB, what string, cond func() bool) {
+func waitFor(t *testing.T, what string, cond func() bool) {
 	t.Helper()
 	for start := time.Now(); time.Since(start) < 30*time.Second; time.Sleep(30 * time.Millisecond) {
 		if cond() {
@@ -328,7 +328,7 @@ func (r *rt) checkRefusal(res result, parts []string) {
 
 // background is a command that runs beside the test.
 type background struct {
-	t    testing.TB
+	t    *testing.T
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the command has ended
 	code int           // valid after done

@@ -15,7 +15,7 @@ import (
 
 // busyboxPath is a static program of the host: a createContainer hook is looked
 // up on the host and runs in the guest.
-func busyboxPath(t testing.TB) string {
+func busyboxPath(t *testing.T) string {
 	t.Helper()
 	path, err := exec.LookPath("busybox")
 	if err != nil {

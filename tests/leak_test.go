@@ -177,25 +177,6 @@ func (r *rt) holds(dir string) bool {
 	return false
 }
 
-// pidOf finds the one process of the test that is what.
-func (r *rt) pidOf(what string) int {
-	r.t.Helper()
-	var found []proc
-	waitFor(r.t, what+" process", func() bool {
-		found = found[:0]
-		for _, p := range r.processes() {
-			if p.is(what) {
-				found = append(found, p)
-			}
-		}
-		return len(found) > 0
-	})
-	if len(found) > 1 {
-		r.t.Fatalf("more than one %s: %v", what, found)
-	}
-	return found[0].pid
-}
-
 type mount struct {
 	target, options, fstype, super string
 }

@@ -161,7 +161,7 @@ func makeRootfs(dir, busybox string) error {
 
 // copyRootfs makes a root file system that a test may write to. Files are
 // linked, so a test replaces files, it never writes into those it was given.
-func copyRootfs(t testing.TB, to string) {
+func copyRootfs(t *testing.T, to string) {
 	t.Helper()
 	err := filepath.WalkDir(host.rootfs, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -198,7 +198,7 @@ func copyRootfs(t testing.TB, to string) {
 }
 
 // skip skips a test for a reason, or fails it where skips are not wanted.
-func skip(t testing.TB, format string, args ...any) {
+func skip(t *testing.T, format string, args ...any) {
 	t.Helper()
 	if os.Getenv("RUNV_TEST_MUST") != "" {
 		t.Fatalf("prerequisite missing: "+format, args...)
@@ -207,7 +207,7 @@ func skip(t testing.TB, format string, args ...any) {
 }
 
 // vmOnly skips what a runtime without a virtual machine does not have.
-func vmOnly(t testing.TB) {
+func vmOnly(t *testing.T) {
 	t.Helper()
 	if !host.vm {
 		t.Skipf("%s makes no virtual machines", filepath.Base(host.binary))

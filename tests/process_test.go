@@ -29,7 +29,7 @@ func sections(out string) map[string]string {
 }
 
 // statusMask reads a capability set of /proc/PID/status.
-func statusMask(t testing.TB, status, field string) uint64 {
+func statusMask(t *testing.T, status, field string) uint64 {
 	t.Helper()
 	for _, line := range strings.Split(status, "\n") {
 		if v, ok := strings.CutPrefix(line, field+":"); ok {

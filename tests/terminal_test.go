@@ -21,14 +21,14 @@ import (
 
 // terminal is the far end of a pty: what a person sees and types.
 type terminal struct {
-	t      testing.TB
+	t      *testing.T
 	master *os.File
 	mu     sync.Mutex // guards text
 	text   bytes.Buffer
 	done   chan struct{} // closed at the end of the output
 }
 
-func watch(t testing.TB, master *os.File) *terminal {
+func watch(t *testing.T, master *os.File) *terminal {
 	w := &terminal{t: t, master: master, done: make(chan struct{})}
 	go func() {
 		defer close(w.done)
@@ -169,7 +169,7 @@ func TestRunRestoresTerminal(t *testing.T) {
 }
 
 // consoleSocket listens as containerd and Podman do.
-func consoleSocket(t testing.TB, dir string) (string, func() *os.File) {
+func consoleSocket(t *testing.T, dir string) (string, func() *os.File) {
 	t.Helper()
 	path := filepath.Join(dir, "c.sock")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
