@@ -47,6 +47,12 @@ type share struct {
 	mu sync.Mutex // serialises changes of the tree
 }
 
+// sharer is what a pod needs of its share; tests that may not mount have another.
+type sharer interface {
+	add(ctx context.Context, ms []*supervisorv1.HostMount) (undo func(), err error)
+	close()
+}
+
 // newShare mounts the pod's shared directory in dir.
 func newShare(dir string, host *os.File) (_ *share, err error) {
 	s := &share{path: filepath.Join(dir, shareName), host: host}

@@ -1,0 +1,209 @@
+package supervisor
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/golang/glog"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/guest"
+	"github.com/hyperhq/runv/hypervisor"
+)
+
+const (
+	// shareOptions of the guest's mount: reads see what the host has now, and
+	// programs may map files writable.
+	shareOptions = "version=9p2000.L,cache=mmap"
+	// maxConsole bounds what an error quotes of the console, in bytes.
+	maxConsole = 1024
+
+	defaultMemoryMiB = 256
+)
+
+// machine is a VM with the connection to its agent.
+type machine struct {
+	vm     hypervisor.VM
+	client *guest.Client // nil until the agent has answered
+	driver string
+}
+
+// boot starts the pod's VM and returns when its agent is ready for containers.
+func (s *Supervisor) boot(ctx context.Context, req *supervisorv1.CreateRequest, sharePath string) (_ *machine, err error) {
+	vm := req.Vm
+	limit := time.Duration(vm.BootTimeoutMs) * time.Millisecond
+	if limit == 0 {
+		limit = defaultBoot
+	}
+	late := status.Errorf(codes.DeadlineExceeded, "the guest did not answer within %v", limit)
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, late)
+	defer cancel()
+	begin := time.Now()
+
+	cfg, err := s.config(vm, sharePath)
+	if err != nil {
+		return nil, err
+	}
+	f, driver, err := s.o.Factory(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	m := &machine{driver: driver}
+	if m.vm, err = f.GetVM(ctx, cfg); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = m.explain(err)
+			m.close()
+		}
+	}()
+	up := time.Now()
+	conn, err := m.vm.DialAgent(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the guest agent: %w", err)
+	}
+	if m.client, err = guest.Connect(ctx, conn, guest.Options{HostVersion: s.o.Version}); err != nil {
+		return nil, err
+	}
+	answered := time.Now()
+	sandbox := &agentv1.ConfigureSandboxRequest{
+		SandboxId: s.o.SandboxID,
+		Hostname:  req.Container.GetHostname(),
+		Shares:    []*agentv1.Share{{Tag: agentv1.ShareTag, Type: "9p", Options: shareOptions}},
+		Network:   &agentv1.Network{Mode: agentv1.Network_MODE_NONE},
+	}
+	if vm.Network == "user" {
+		sandbox.Network.Mode = agentv1.Network_MODE_DHCP
+	}
+	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
+		return nil, err
+	}
+	if glog.V(1) {
+		g := m.client.Guest()
+		glog.Infof("pod %s: vm started in %v, agent %s on kernel %s answered after %v, configured after %v",
+			s.o.SandboxID, up.Sub(begin), g.AgentVersion, g.KernelRelease, answered.Sub(begin), time.Since(begin))
+	}
+	return m, nil
+}
+
+// config translates what the request asks of the VM.
+func (s *Supervisor) config(vm *supervisorv1.VM, sharePath string) (hypervisor.Config, error) {
+	c := hypervisor.Config{
+		Name:         s.o.SandboxID,
+		Machine:      vm.Machine,
+		VCPUs:        max(1, int(vm.Vcpus)),
+		MemoryMiB:    int(vm.MemoryMib),
+		Kernel:       vm.Kernel,
+		Initrd:       vm.Initrd,
+		KernelParams: vm.KernelParams,
+		Transport:    hypervisor.TransportSerial,
+		SerialPort:   agentv1.SerialPortName,
+		VsockPort:    agentv1.VsockPort,
+		Shares:       []hypervisor.Share{{Tag: agentv1.ShareTag, Path: sharePath}},
+		ConsoleLog:   s.consoleLog(),
+		Confine:      vm.QemuSandbox,
+	}
+	if c.MemoryMiB == 0 {
+		c.MemoryMiB = defaultMemoryMiB
+	}
+	switch vm.Transport {
+	case "":
+	case string(hypervisor.TransportVsock):
+		c.Transport, c.CID = hypervisor.TransportVsock, randomCID()
+	default:
+		c.Transport = hypervisor.Transport(vm.Transport)
+	}
+	switch vm.Network {
+	case "", "none":
+	case "user":
+		c.NICs = []hypervisor.NIC{{User: true}}
+	default:
+		return c, status.Errorf(codes.InvalidArgument, "vm.network is %q, want \"none\" or \"user\"", vm.Network)
+	}
+	return c, nil
+}
+
+// randomCID is a vsock address. The kernel refuses one that is in use; among
+// 2^31 that happens to nobody.
+func randomCID() uint32 {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails, see its documentation
+	return binary.LittleEndian.Uint32(b[:])&^(1<<31) | 1<<30
+}
+
+// explain says what befell the VM, if err is a consequence of that.
+func (m *machine) explain(err error) error {
+	switch {
+	case errors.Is(err, guest.ErrDead) && !errors.Is(err, guest.ErrProtocol), errors.Is(err, hypervisor.ErrEnded):
+		// The connection breaks a little before the process can be reaped.
+		t := time.NewTimer(endGrace)
+		defer t.Stop()
+		select {
+		case <-m.vm.Done():
+			return status.Errorf(codes.Unavailable, "the virtual machine %s%s", guest.Text(m.vm.Exit().String()), m.console())
+		case <-t.C:
+		}
+		return status.Error(codes.Unavailable, err.Error()+m.console())
+	case errors.Is(err, guest.ErrProtocol), errors.Is(err, guest.ErrVersion):
+		return status.Error(codes.Unavailable, err.Error())
+	case status.Code(cause(err)) == codes.DeadlineExceeded:
+		return status.Error(codes.DeadlineExceeded, status.Convert(cause(err)).Message()+m.console())
+	}
+	return err
+}
+
+// cause finds the status in an error's chain, or returns err.
+func cause(err error) error {
+	var st interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &st) {
+		return st.GRPCStatus().Err()
+	}
+	return err
+}
+
+// console is the end of what the guest's console printed, for an error.
+func (m *machine) console() string {
+	const lines = 8
+	tail := m.vm.ConsoleTail()
+	if len(tail) == 0 {
+		return "; the console printed nothing"
+	}
+	text := strings.Join(tail[max(0, len(tail)-lines):], " | ")
+	if n := len(text) - maxConsole; n > 0 {
+		text = "…" + text[n:]
+	}
+	return "; the console's last lines: " + guest.Text(text)
+}
+
+// close ends the VM and waits until it has.
+func (m *machine) close() {
+	m.vm.Kill()
+	if m.client != nil {
+		m.client.Close()
+	}
+	<-m.vm.Done()
+}
+
+// watch ends the pod when its VM or the connection to the agent has ended.
+func (s *Supervisor) watch(m *machine) {
+	var err error
+	select {
+	case <-m.vm.Done():
+		err = hypervisor.ErrEnded
+	case <-m.client.Done():
+		err = m.client.Err()
+	case <-s.ending:
+		return
+	}
+	s.end(&ending{reason: status.Convert(cause(m.explain(err))).Message()})
+}
