@@ -53,6 +53,9 @@ func TestLifecycle(t *testing.T) {
 		t.Error("the program ran before start")
 	}
 	r.refused([]string{"exists"}, "create", "--bundle", bundle, id)
+	if out := r.exec(id, "echo", "early"); out != "early\n" {
+		t.Errorf("exec before start: %q", out)
+	}
 
 	r.ok("start", id)
 	r.wantStatus(id, "running")
@@ -144,6 +147,27 @@ func TestDeleteCreated(t *testing.T) {
 	id := r.create(spec("true"))
 	r.ok("delete", id)
 	r.refused([]string{"does not exist"}, "state", id)
+}
+
+// The global flags that engines pass, and both formats of the log file.
+func TestGlobalFlags(t *testing.T) {
+	t.Parallel()
+	r := newRTNoSlot(t)
+	r.ok("--systemd-cgroup", "--rootless", "false", "list")
+	r.ok("--rootless=auto", "--debug", "list")
+	for format, want := range map[string]string{"json": `"level":"error"`, "text": "level=error msg="} {
+		log := filepath.Join(r.dir, format)
+		if res := r.try("--log", log, "--log-format", format, "state", "nothere"); res.code == 0 {
+			t.Error("state of nothing succeeds")
+		}
+		text, err := os.ReadFile(log)
+		if err != nil || !strings.Contains(string(text), want) || !strings.Contains(string(text), "does not exist") {
+			t.Errorf("log in format %s: %q, %v", format, text, err)
+		}
+	}
+	if res := r.try("--log-format", "nonsense", "list"); res.code == 0 || !strings.Contains(res.stderr, "nonsense") {
+		t.Errorf("an unknown log format: code %d, stderr %q", res.code, res.stderr)
+	}
 }
 
 // Arguments that are missing or too many are errors that name the command.
