@@ -42,9 +42,10 @@ func CapabilityNumber(name string) (n uint, ok bool) {
 }
 
 // TranslateProcess validates p, a process of config.json or of a process
-// document, and translates it. If it names no capabilities at all, the answer
-// has none either, which asks the agent for those of the container. Warn is as
-// Options.Warn and may be nil.
+// document, and translates it. If it has no capabilities section, neither has the
+// answer, and the process gets none; a caller that wants those of the container
+// instead, as runc's exec does, copies the section first. Warn is as Options.Warn
+// and may be nil.
 func TranslateProcess(p *specs.Process, warn func(line string)) (*agentv1.Process, error) {
 	o := Options{Warn: warn}
 	return translateProcess(p, &o)

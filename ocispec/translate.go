@@ -122,7 +122,7 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		return nil, err
 	}
 	if c.Process.Capabilities == nil {
-		// A process that lists none has none; only an exec inherits them.
+		// A container whose process lists none has none.
 		c.Process.Capabilities = &agentv1.Capabilities{}
 	}
 	c.Stdio = &agentv1.Stdio{Stdin: true, Stdout: true, Stderr: !spec.Process.Terminal}
@@ -144,8 +144,7 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		if c.Sysctl == nil {
 			c.Sysctl = make(map[string]string, len(linux.Sysctl))
 		}
-		name, _ := sysctlName(key)
-		c.Sysctl[name] = v
+		c.Sysctl[sysctlFile(key)] = v
 	}
 	if err := translateDevices(linux, c, &o); err != nil {
 		return nil, err

@@ -421,16 +421,7 @@ func isIPCSysctl(name string) bool {
 // that could leave /proc/sys are none.
 func sysctlName(key string) (string, bool) {
 	if i := strings.IndexAny(key, "./"); i >= 0 && key[i] == '/' {
-		b := []byte(key)
-		for i, c := range b {
-			switch c {
-			case '.':
-				b[i] = '/'
-			case '/':
-				b[i] = '.'
-			}
-		}
-		key = string(b)
+		key = swapDots(key)
 	}
 	part := 0 // length of the current part
 	dots := 0 // leading characters of it that stand for dots
@@ -451,4 +442,27 @@ func sysctlName(key string) (string, bool) {
 		}
 	}
 	return key, part > 0 && dots < part && strings.IndexByte(key, '.') > 0
+}
+
+// sysctlFile is how the agent takes a valid key: with dots as separators, or with
+// slashes if a part has a dot in it.
+func sysctlFile(key string) string {
+	name, _ := sysctlName(key)
+	if strings.IndexByte(name, '/') >= 0 {
+		return swapDots(name)
+	}
+	return name
+}
+
+func swapDots(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		switch c {
+		case '.':
+			b[i] = '/'
+		case '/':
+			b[i] = '.'
+		}
+	}
+	return string(b)
 }
