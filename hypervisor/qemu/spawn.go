@@ -26,6 +26,12 @@ type process struct {
 //
 // files become the child's descriptors from 0 on and stay the caller's.
 func spawn(path string, argv, env []string, files []*os.File, prepare func() error) (*process, error) {
+	// The os package finds out once whether the kernel has pidfds, by starting a
+	// child. That must not happen on the prepared thread, whose first child may
+	// be the init of a pid namespace.
+	if self, err := os.FindProcess(os.Getpid()); err == nil {
+		_ = self.Release()
+	}
 	started := make(chan error, 1)
 	c := &process{done: make(chan struct{})}
 	onOwnThread(func() {

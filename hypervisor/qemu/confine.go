@@ -1,0 +1,358 @@
+package qemu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/hypervisor"
+)
+
+// A confined QEMU has, beside the system call filter that it sets up itself
+// (scSandbox):
+//
+//   - a mount namespace whose root is an empty tmpfs with only what QEMU opens;
+//   - a pid namespace with itself in it, so that the QEMU of another pod, which
+//     has the same user and capabilities, cannot be reached through /proc;
+//   - a network namespace without anything, unless a card uses the user-mode
+//     stack: abstract unix sockets of the host are out of reach;
+//   - an IPC namespace;
+//   - no way to gain privileges by execve, and of root's capabilities only those
+//     that serving files with their owners takes.
+//
+// All of this is put on the thread that starts QEMU, which is thrown away.
+
+var (
+	// errNamespaceRefused and errCapabilitiesRefused mean that the host does
+	// not let us confine QEMU in that respect: an unprivileged user, a
+	// container around us, an old kernel.
+	errNamespaceRefused    = errors.New("namespaces refused")
+	errCapabilitiesRefused = errors.New("dropping capabilities refused")
+)
+
+// bind is one thing of the host in QEMU's root, at the same path.
+type bind struct {
+	path string
+	// attr are MOUNT_ATTR_* flags that are set on it.
+	attr uint64
+	// tree takes the mounts below along, and those that are made there later
+	// on the host.
+	tree bool
+	// optional: no error if the host does not have it.
+	optional bool
+}
+
+// jail is QEMU's root.
+type jail struct {
+	binds []bind
+	// capabilities that are kept.
+	capabilities []int
+	// hostNetwork leaves QEMU in the starter's network namespace.
+	hostNetwork bool
+}
+
+const (
+	attrData = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	attrCode = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
+	// attrShare: a file that the guest makes is never run or opened as a device
+	// by the host.
+	attrShare  = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	attrDevice = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NOEXEC
+)
+
+// shareCapabilities are what security_model=passthrough uses: the guest's user
+// and group own what it creates, modes are set as they are, device nodes can be
+// made (and not opened: the share is nodev). CAP_DAC_READ_SEARCH is missing on
+// purpose: it opens files by handle, out of any root.
+var shareCapabilities = []int{
+	unix.CAP_CHOWN,
+	unix.CAP_DAC_OVERRIDE,
+	unix.CAP_FOWNER,
+	unix.CAP_FSETID,
+	unix.CAP_MKNOD,
+	unix.CAP_SETFCAP,
+}
+
+// newJail says what a QEMU for c may see. It is a pure function.
+func newJail(program string, accel Accel, c hypervisor.Config) *jail {
+	j := &jail{}
+	add := func(attr uint64, optional bool, paths ...string) {
+		for _, p := range paths {
+			j.binds = append(j.binds, bind{path: filepath.Clean(p), attr: attr, optional: optional})
+		}
+	}
+	// Libraries, QEMU's own modules and its firmware.
+	add(attrCode, true, "/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64")
+	add(attrData, true, "/usr/share/qemu", "/usr/share/seabios", "/etc/ld.so.cache")
+	if prefix := filepath.Dir(filepath.Dir(program)); prefix != "/usr" && prefix != "/" && prefix != "." {
+		add(attrCode, true, filepath.Join(prefix, "lib"), filepath.Join(prefix, "lib64"))
+		add(attrData, true, filepath.Join(prefix, "share/qemu"))
+	}
+	add(attrCode, false, program)
+	add(attrData, false, c.Kernel, c.Initrd)
+	add(attrDevice, false, "/dev/null", "/dev/urandom")
+	if accel == KVM {
+		add(attrDevice, false, "/dev/kvm")
+	}
+	for _, n := range c.NICs {
+		if n.User {
+			j.hostNetwork = true
+			add(attrData, true, "/etc/resolv.conf") // the user-mode stack's name servers
+			break
+		}
+	}
+	for _, s := range c.Shares {
+		b := bind{path: filepath.Clean(s.Path), attr: attrShare, tree: true}
+		if s.ReadOnly {
+			b.attr |= unix.MOUNT_ATTR_RDONLY
+		}
+		j.binds = append(j.binds, b)
+		j.capabilities = shareCapabilities
+	}
+	return j
+}
+
+// enter puts the calling thread into the jail. It must run on a thread that is
+// thrown away: nothing leads back.
+func (j *jail) enter(namespace, capabilities bool) error {
+	if namespace {
+		if err := j.enterRoot(); err != nil {
+			return refused(errNamespaceRefused, err)
+		}
+	}
+	if capabilities {
+		if err := dropCapabilities(j.capabilities); err != nil {
+			return refused(errCapabilitiesRefused, err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	return nil
+}
+
+// refused marks an error that means the host's policy, not a fault.
+func refused(what, err error) error {
+	for _, e := range []error{unix.EPERM, unix.ENOSYS, unix.EOPNOTSUPP, unix.EINVAL} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", what, err)
+		}
+	}
+	return err
+}
+
+// source is a bind that has been opened on the host's side.
+type source struct {
+	path string
+	fd   int    // of a detached copy of the mount; -1 for a symbolic link
+	link string // target of the link
+	dir  bool
+}
+
+func (j *jail) enterRoot() error {
+	flags := unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC
+	if !j.hostNetwork {
+		flags |= unix.CLONE_NEWNET
+	}
+	if err := unix.Unshare(flags); err != nil {
+		return fmt.Errorf("unshare namespaces: %w", err)
+	}
+	// From here on mounts of the host come in, and none goes out.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("make mounts slaves: %w", err)
+	}
+	var sources []source
+	defer func() {
+		for _, s := range sources {
+			if s.fd >= 0 {
+				_ = unix.Close(s.fd)
+			}
+		}
+	}()
+	for _, b := range j.binds {
+		s, err := b.open()
+		if err != nil {
+			if b.optional && errors.Is(err, unix.ENOENT) {
+				continue
+			}
+			return fmt.Errorf("open %s for qemu: %w", b.path, err)
+		}
+		sources = append(sources, s)
+	}
+	// /proc is a directory everywhere, and nobody sees what lies on it here.
+	const base = "/proc"
+	root, err := newMount("tmpfs", unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, "mode", "0755", "size", "1M")
+	if err != nil {
+		return fmt.Errorf("make root for qemu: %w", err)
+	}
+	defer unix.Close(root)
+	if err := moveMount(root, base); err != nil {
+		return fmt.Errorf("mount root for qemu: %w", err)
+	}
+	if err := unix.Fchdir(root); err != nil {
+		return fmt.Errorf("enter root for qemu: %w", err)
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot to root for qemu: %w", err)
+	}
+	// The old root lies on top of the new one now.
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("leave the host's root: %w", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return err
+	}
+	for _, s := range sources {
+		if err := s.place(); err != nil {
+			return fmt.Errorf("place %s for qemu: %w", s.path, err)
+		}
+	}
+	// The file server reaches files by /proc/self/fd. Other processes cannot be
+	// seen there, nor anything but processes.
+	proc, err := newMount("proc", attrShare, "subset", "pid", "hidepid", "ptraceable")
+	if err != nil {
+		return fmt.Errorf("make /proc for qemu: %w", err)
+	}
+	defer unix.Close(proc)
+	if err := unix.Mkdir("/proc", 0o555); err != nil {
+		return err
+	}
+	if err := moveMount(proc, "/proc"); err != nil {
+		return fmt.Errorf("mount /proc for qemu: %w", err)
+	}
+	ro := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOEXEC}
+	if err := unix.MountSetattr(unix.AT_FDCWD, "/", 0, &ro); err != nil {
+		return fmt.Errorf("make root read-only for qemu: %w", err)
+	}
+	return nil
+}
+
+// open takes a detached copy of the mount at b.path, with b's attributes.
+func (b bind) open() (source, error) {
+	s := source{path: b.path, fd: -1}
+	if b.optional {
+		// /lib is a link to usr/lib on most systems, and stays one.
+		if link, err := os.Readlink(b.path); err == nil && b.attr == attrCode {
+			s.link = link
+			return s, nil
+		}
+	}
+	flags := uint(unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC)
+	if b.tree {
+		flags |= unix.AT_RECURSIVE
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, b.path, flags)
+	if err != nil {
+		return s, err
+	}
+	attr := unix.MountAttr{Attr_set: b.attr}
+	var at uint
+	if b.tree {
+		at = unix.AT_RECURSIVE
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|at, &attr); err != nil {
+		_ = unix.Close(fd)
+		return s, fmt.Errorf("set attributes: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		_ = unix.Close(fd)
+		return s, err
+	}
+	s.fd, s.dir = fd, st.Mode&unix.S_IFMT == unix.S_IFDIR
+	return s, nil
+}
+
+// place puts s where it was on the host, below the new root.
+func (s source) place() error {
+	if err := os.MkdirAll(filepath.Dir(s.path), 0o755); err != nil {
+		return err
+	}
+	if s.fd < 0 {
+		return os.Symlink(s.link, s.path)
+	}
+	var err error
+	if s.dir {
+		err = os.MkdirAll(s.path, 0o755)
+	} else {
+		// Not created if it lies in a directory that was bound before.
+		var fd int
+		if fd, err = unix.Open(s.path, unix.O_CREAT|unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0o444); err == nil {
+			err = unix.Close(fd)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return moveMount(s.fd, s.path)
+}
+
+func moveMount(fd int, target string) error {
+	return unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+// newMount makes a detached mount of a new file system with options as pairs of
+// key and value.
+func newMount(kind string, attr int, options ...string) (int, error) {
+	fs, err := unix.Fsopen(kind, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen %s: %w", kind, err)
+	}
+	defer unix.Close(fs)
+	for i := 0; i+1 < len(options); i += 2 {
+		if err := unix.FsconfigSetString(fs, options[i], options[i+1]); err != nil {
+			return -1, fmt.Errorf("set %s=%s: %w", options[i], options[i+1], err)
+		}
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return -1, fmt.Errorf("create %s: %w", kind, err)
+	}
+	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attr)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount %s: %w", kind, err)
+	}
+	return fd, nil
+}
+
+// dropCapabilities leaves the thread, and what it executes as root, with keep
+// and nothing else.
+func dropCapabilities(keep []int) error {
+	var mask uint64
+	for _, c := range keep {
+		mask |= 1 << c
+	}
+	for c := 0; ; c++ {
+		if c < 64 && mask&(1<<c) != 0 {
+			continue
+		}
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0)
+		if errors.Is(err, unix.EINVAL) && c > 0 { // past the last one that the kernel knows
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
+		return fmt.Errorf("clear ambient capabilities: %w", err)
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var have [2]unix.CapUserData
+	if err := unix.Capget(&header, &have[0]); err != nil {
+		return fmt.Errorf("get capabilities: %w", err)
+	}
+	for i := range have {
+		m := uint32(mask >> (32 * i))
+		have[i] = unix.CapUserData{
+			Effective: have[i].Effective & m,
+			Permitted: have[i].Permitted & m,
+		}
+	}
+	if err := unix.Capset(&header, &have[0]); err != nil {
+		return fmt.Errorf("set capabilities: %w", err)
+	}
+	return nil
+}
