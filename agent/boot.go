@@ -1,12 +1,8 @@
 package agent
 
 import (
-	"bufio"
-	"bytes"
-	"context"
 	"errors"
 	"fmt"
-	"log"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,11 +11,6 @@ import (
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
-
-// ModuleList is the file of the initrd that names the kernel modules to load:
-// one path per line, relative to /, in the order of their dependencies; lines
-// that begin with # are comments.
-const ModuleList = "/etc/runv/modules"
 
 // CgroupRoot is the cgroup that containers' cgroups are made in.
 const CgroupRoot = "/sys/fs/cgroup"
@@ -82,6 +73,11 @@ var fileSystems = []fileSystem{
 // Boot makes the guest usable, apart from its modules. It may be called only
 // by pid 1, once.
 func Boot() error {
+	// The kernel starts its module loader outside of the root that is in use
+	// from here on, where no /dev is mounted, and Go programs need this one.
+	if err := unix.Mknod("/dev/null", unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("make /dev/null: %w", err)
+	}
 	if err := leaveRootfs(); err != nil {
 		return err
 	}
@@ -102,6 +98,9 @@ func Boot() error {
 		if err := os.Symlink(target, name); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
+	}
+	if err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(ModuleLoader), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
 	}
 	if err := os.MkdirAll(agentv1.ShareDir, 0o700); err != nil {
 		return err
@@ -170,57 +169,6 @@ func linkUp(name string) error {
 	r.SetUint16(r.Uint16() | unix.IFF_UP)
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	return nil
-}
-
-// moduleList parses the file at ModuleList.
-func moduleList(b []byte) []string {
-	var paths []string
-	s := bufio.NewScanner(bytes.NewReader(b))
-	for s.Scan() {
-		if l := strings.TrimSpace(s.Text()); l != "" && l[0] != '#' {
-			paths = append(paths, filepath.Clean("/"+l))
-		}
-	}
-	return paths
-}
-
-// loadModules loads the listed modules. What fails is logged: whoever needs
-// the module will fail with an error of its own.
-func loadModules(ctx context.Context, log *log.Logger) {
-	b, err := os.ReadFile(ModuleList)
-	if err != nil {
-		if !errors.Is(err, os.ErrNotExist) { // a kernel may have all built in
-			log.Print(err)
-		}
-		return
-	}
-	for _, path := range moduleList(b) {
-		if ctx.Err() != nil {
-			return
-		}
-		if err := loadModule(path); err != nil {
-			log.Printf("load module %s: %v", path, err)
-		}
-	}
-}
-
-// modInitCompressedFile is MODULE_INIT_COMPRESSED_FILE of finit_module(2).
-const modInitCompressedFile = 4
-
-func loadModule(path string) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	flags := 0
-	if filepath.Ext(path) != ".ko" {
-		flags = modInitCompressedFile
-	}
-	if err := unix.FinitModule(fd, "", flags); err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
 	}
 	return nil
 }

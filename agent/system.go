@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"log"
 	"os"
@@ -20,8 +21,9 @@ import (
 
 // Guest is the System of a real guest.
 type Guest struct {
-	log    *log.Logger
-	loaded chan struct{}
+	log     *log.Logger
+	loaded  chan struct{}
+	modules *modules // set when loaded is closed
 }
 
 // NewGuest returns the guest that this process is pid 1 of, and begins to load
@@ -30,9 +32,17 @@ func NewGuest(ctx context.Context, log *log.Logger) *Guest {
 	g := &Guest{log: log, loaded: make(chan struct{})}
 	go func() {
 		defer close(g.loaded)
-		loadModules(ctx, log)
+		g.modules = readModules("/", log)
+		g.modules.loadBoot(ctx)
+		g.modules.loadDevices("/sys/bus/virtio/devices")
 	}()
 	return g
+}
+
+// LoadForKernel loads what the kernel asks its module loader for, the module
+// with a name or an alias. It runs in a process of its own.
+func LoadForKernel(name string, log *log.Logger) error {
+	return readModules("/", log).load(name)
 }
 
 // Ready implements System.
@@ -124,6 +134,10 @@ func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
 	data := s.Options
 	if s.Type == "9p" {
 		data = joinOptions("trans=virtio,version=9p2000.L,msize=524288", s.Options)
+	}
+	// The kernel would ask for it too, by starting a program.
+	if err := g.modules.load("fs-" + s.Type); err != nil && !errors.Is(err, errNoModule) {
+		g.log.Print(err)
 	}
 	var flags uintptr
 	if s.ReadOnly {

@@ -49,16 +49,16 @@ type report struct {
 
 // params is all that the child reads and writes, laid out before the clone.
 type params struct {
-	clone  cloneArgs
-	pidFD  int32
-	path   *byte
-	argv   []*byte
-	envv   []*byte
-	dir    *byte
-	files  [3]int
-	report int
-	goPipe int
-	setns  []int
+	clone cloneArgs
+	pidFD int32
+	// program is what execve gets, see layout; late says that the child
+	// reads it from its pipe when it proceeds.
+	program []byte
+	late    bool
+	files   [3]int
+	report  int
+	goPipe  int
+	setns   []int
 
 	becomeRoot, hold, wait bool
 	unshare                uintptr
@@ -76,11 +76,27 @@ type params struct {
 	filter                 *sockFprog
 	filterFlags            uintptr
 
+	procfs   bool
+	procName *byte
+	procOpts []fsOption
+
 	// Scratch space of the child.
 	msg    report
 	buf    [8]byte
 	action sigaction
 	mask   uint64
+}
+
+// fsOption is one call of fsconfig(2).
+type fsOption struct {
+	cmd        uintptr
+	key, value *byte
+}
+
+// programHead begins params.program: the addresses, in it, of what execve and
+// chdir take. dir is 0 if there is none.
+type programHead struct {
+	path, argv, envv, dir uintptr
 }
 
 // fork clones the calling thread. It returns in the parent only.
@@ -114,7 +130,9 @@ func child(p *params) {
 		step  Step
 		errno syscall.Errno
 		again bool
+		head  *programHead
 	)
+	head = (*programHead)(unsafe.Pointer(&p.program[0]))
 
 	// Signals are blocked. Handlers of the Go runtime must never run here, and
 	// the program starts with the default ones, also where this process was
@@ -181,10 +199,40 @@ func child(p *params) {
 			goto failed
 		}
 	}
+	if p.procfs {
+		// Only a process of a pid namespace can make its proc file system.
+		if n, _, errno = syscall.RawSyscall(unix.SYS_FSOPEN, uintptr(unsafe.Pointer(p.procName)), unix.FSOPEN_CLOEXEC, 0); errno != 0 {
+			step = StepProcFS
+			goto failed
+		}
+		for i = 0; i < uintptr(len(p.procOpts)); i++ {
+			if _, _, errno = syscall.RawSyscall6(unix.SYS_FSCONFIG, n, p.procOpts[i].cmd, uintptr(unsafe.Pointer(p.procOpts[i].key)), uintptr(unsafe.Pointer(p.procOpts[i].value)), 0, 0); errno != 0 {
+				step = StepProcFS
+				goto failed
+			}
+		}
+		if n, _, errno = syscall.RawSyscall(unix.SYS_FSMOUNT, n, unix.FSMOUNT_CLOEXEC, 0); errno != 0 {
+			step = StepProcFS
+			goto failed
+		}
+	}
 	if p.hold {
-		tell(p, stepHeld, 0)
+		tell(p, stepHeld, syscall.Errno(n)) // the descriptor of the proc file system
 		if !awaitGo(p) {
 			goto abandoned
+		}
+		if p.late {
+			// Its length, which the parent keeps in bounds, and the bytes.
+			if !readAll(&p.buf[0], 8) {
+				goto abandoned
+			}
+			n = uintptr(*(*uint64)(unsafe.Pointer(&p.buf[0])))
+			if n > uintptr(len(p.program)) || !readAll(&p.program[0], n) {
+				goto abandoned
+			}
+		}
+		if p.procfs {
+			syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0)
 		}
 	}
 
@@ -213,8 +261,8 @@ func child(p *params) {
 		}
 	}
 
-	if p.dir != nil {
-		_, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(p.dir)), 0, 0)
+	if head.dir != 0 {
+		_, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, head.dir, 0, 0)
 		switch errno {
 		case 0:
 		case unix.EACCES, unix.EPERM:
@@ -272,7 +320,7 @@ func child(p *params) {
 		syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 	}
 	if again {
-		if _, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(p.dir)), 0, 0); errno != 0 {
+		if _, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, head.dir, 0, 0); errno != 0 {
 			step = StepChdir
 			goto failed
 		}
@@ -314,7 +362,7 @@ func child(p *params) {
 			goto failed
 		}
 	}
-	_, _, errno = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(p.path)), uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])))
+	_, _, errno = syscall.RawSyscall(unix.SYS_EXECVE, head.path, head.argv, head.envv)
 	step = StepExec
 
 failed:
@@ -356,4 +404,25 @@ func awaitGo(p *params) bool {
 		}
 		return errno == 0 && n == 1
 	}
+}
+
+// readAll fills n bytes from the parent; false: the parent gave up.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func readAll(b *byte, n uintptr) bool {
+	var got, k uintptr
+	var errno syscall.Errno
+	for got < n {
+		k, _, errno = syscall.RawSyscall(unix.SYS_READ, goFD, uintptr(unsafe.Pointer(b))+got, n-got)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 || k == 0 {
+			return false
+		}
+		got += k
+	}
+	return true
 }

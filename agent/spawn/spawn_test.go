@@ -347,6 +347,78 @@ func TestHoldAndSetns(t *testing.T) {
 	}
 }
 
+// TestProcFS makes a container the way package container does: the process
+// first, then what it will see, then its program.
+func TestProcFS(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread has other namespaces
+		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWPID); err != nil {
+			t.Error(err)
+			return
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			t.Error(err)
+			return
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = r.Close() }()
+		c, err := Start(&Spec{
+			Hold: true, Wait: true, Files: [3]*os.File{nil, w, w},
+			ProcFS: &ProcFS{Data: []string{"hidepid=2"}},
+		})
+		_ = w.Close()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		if err := c.Proceed(); err == nil {
+			t.Error("a child without a program went on")
+		}
+		f, err := c.ProcFS()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = f.Close() }()
+		if err := unix.MoveMount(int(f.Fd()), "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			t.Error(err)
+			return
+		}
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.Pid))
+		if err != nil || len(fds) != 6 { // 1, 2, report, go, context, mount
+			t.Errorf("the held child has descriptors %v, %v", fds, err)
+		}
+		if err := c.Exec(&Program{Path: "/bin/sh", Args: []string{"sh", "-c", "pwd; echo $A; echo [0-9]*; ls self/fd | wc -l"}, Env: []string{"A=b", "PATH=/bin"}, Dir: dir}); err != nil {
+			t.Error(err)
+			return
+		}
+		if err := errors.Join(c.Release(), c.ExecError()); err != nil {
+			t.Error(err)
+			return
+		}
+		out, err := io.ReadAll(r)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		// ls has 1, 2, and its directory.
+		if got, want := strings.Join(strings.Fields(string(out)), " "), dir+" b 1 3"; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+		<-c.Done()
+	}()
+	<-done
+}
+
 func TestControllingTerminal(t *testing.T) {
 	ptmx, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
 	if err != nil {

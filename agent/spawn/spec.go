@@ -9,6 +9,7 @@ import (
 
 // Spec says what the child is to become. Start does not keep it.
 type Spec struct {
+	// The program. With Hold it may be empty, and Child.Exec names it later.
 	// Path is given to execve as it is; the caller has looked it up in PATH.
 	Path string
 	// Args includes the program's own name as Args[0].
@@ -55,6 +56,11 @@ type Spec struct {
 	// a working directory, a terminal or a user: Start returns then and
 	// Child.Proceed lets it go on.
 	Hold bool
+	// ProcFS, with Hold, makes the child create a proc file system of its pid
+	// namespace, which Child.ProcFS returns; nil: none. A thread cannot: the
+	// kernel takes the namespace that the caller is in, not the one that its
+	// children will be in.
+	ProcFS *ProcFS
 	// Wait makes the child stop right before its program: Start (or Proceed)
 	// returns then and Child.Release lets it execute.
 	Wait bool
@@ -86,6 +92,22 @@ type Spec struct {
 	Scheduler *Scheduler
 	// IOPriority for ioprio_set(2); nil: unchanged.
 	IOPriority *IOPriority
+}
+
+// Program is what a held child is told to execute; see the fields of Spec.
+type Program struct {
+	Path string
+	Args []string
+	Env  []string
+	Dir  string
+}
+
+// ProcFS has the options of a proc file system.
+type ProcFS struct {
+	// Flags are flags of fsconfig(2), such as "ro".
+	Flags []string
+	// Data are options "key=value" or "key".
+	Data []string
 }
 
 // Credential is the identity of the program.
@@ -140,10 +162,8 @@ const sockFilterSize = 8
 
 func (s *Spec) validate() error {
 	switch {
-	case s.Path == "":
-		return errors.New("spawn: path is empty")
-	case len(s.Args) == 0:
-		return errors.New("spawn: args is empty")
+	case s.ProcFS != nil && !s.Hold:
+		return errors.New("spawn: a proc file system needs a child that is held")
 	case s.Ctty && !s.Setsid:
 		return errors.New("spawn: a controlling terminal needs a new session")
 	case s.Ctty && s.Files[0] == nil:
@@ -155,8 +175,25 @@ func (s *Spec) validate() error {
 	case (len(s.UIDMap) > 0 || len(s.GIDMap) > 0) && s.CloneFlags&syscall.CLONE_NEWUSER == 0:
 		return errors.New("spawn: id maps need a new user namespace")
 	}
+	if s.Path != "" || !s.Hold {
+		if err := s.program().validate(); err != nil {
+			return err
+		}
+	}
 	if f := s.Seccomp; f != nil && (len(f.Filter) == 0 || len(f.Filter)%sockFilterSize != 0 || len(f.Filter) > 4096*sockFilterSize) {
 		return fmt.Errorf("spawn: seccomp filter has %d bytes, want 1 to 4096 instructions of 8", len(f.Filter))
+	}
+	return nil
+}
+
+func (s *Spec) program() *Program { return &Program{s.Path, s.Args, s.Env, s.Dir} }
+
+func (p *Program) validate() error {
+	switch {
+	case p.Path == "":
+		return errors.New("spawn: path is empty")
+	case len(p.Args) == 0:
+		return errors.New("spawn: args is empty")
 	}
 	return nil
 }
@@ -177,6 +214,7 @@ const (
 	StepGo
 	StepUserRoot
 	StepUnshare
+	StepProcFS
 	stepHeld
 	StepSetsid
 	StepCtty
@@ -207,6 +245,7 @@ var stepNames = [...]string{
 	StepGo:          "wait for parent",
 	StepUserRoot:    "become root of user namespace",
 	StepUnshare:     "unshare namespaces",
+	StepProcFS:      "make proc file system",
 	stepHeld:        "hold",
 	StepSetsid:      "setsid",
 	StepCtty:        "set controlling terminal",

@@ -8,7 +8,9 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,6 +38,11 @@ type Child struct {
 	done    chan struct{} // closed by ended
 	reaped  bool          // guarded by children
 	exit    Exit          // valid when done is closed
+
+	// The program of a held child that has none yet is sent as it lies here.
+	program []byte
+	late    bool
+	procFD  int // in the child, 0: none
 
 	reports *os.File
 	goPipe  *os.File
@@ -124,6 +131,9 @@ func Start(s *Spec) (*Child, error) {
 	}
 
 	children.Lock()
+	if p.late {
+		c.program, c.late = p.program, true
+	}
 	pid, errno := fork(p)
 	runtime.KeepAlive(p)
 	runtime.KeepAlive(s)
@@ -183,19 +193,23 @@ func newParams(s *Spec) (*params, error) {
 		p.clone.flags |= unix.CLONE_INTO_CGROUP
 		p.clone.cgroup = uint64(s.CgroupFD.Fd())
 	}
-	var err error
-	if p.path, err = unix.BytePtrFromString(s.Path); err != nil {
-		return nil, fmt.Errorf("spawn: path: %w", err)
+	p.late = s.Path == ""
+	if p.late {
+		p.program = make([]byte, lateProgram)
+	} else {
+		p.program = make([]byte, s.program().size())
+		if err := s.program().layout(p.program, uintptr(unsafe.Pointer(&p.program[0]))); err != nil {
+			return nil, err
+		}
 	}
-	if p.argv, err = syscall.SlicePtrFromStrings(s.Args); err != nil {
-		return nil, fmt.Errorf("spawn: args: %w", err)
-	}
-	if p.envv, err = syscall.SlicePtrFromStrings(s.Env); err != nil {
-		return nil, fmt.Errorf("spawn: env: %w", err)
-	}
-	if s.Dir != "" {
-		if p.dir, err = unix.BytePtrFromString(s.Dir); err != nil {
-			return nil, fmt.Errorf("spawn: dir: %w", err)
+	if f := s.ProcFS; f != nil {
+		p.procfs = true
+		var err error
+		if p.procName, err = unix.BytePtrFromString("proc"); err != nil {
+			return nil, err
+		}
+		if p.procOpts, err = f.options(); err != nil {
+			return nil, err
 		}
 	}
 	p.becomeRoot = s.JoinsUser || s.CloneFlags&unix.CLONE_NEWUSER != 0
@@ -224,6 +238,101 @@ func newParams(s *Spec) (*params, error) {
 		p.filterFlags = uintptr(f.Flags)
 	}
 	return p, nil
+}
+
+// lateProgram bounds a program that is told to a held child, in bytes: more
+// than the kernel accepts with the default limit of the stack.
+const lateProgram = 4 << 20
+
+// options are the calls of fsconfig that make the file system.
+func (f *ProcFS) options() ([]fsOption, error) {
+	var opts []fsOption
+	add := func(cmd uintptr, key, value *string) error {
+		o := fsOption{cmd: cmd}
+		var err error
+		if key != nil {
+			if o.key, err = unix.BytePtrFromString(*key); err != nil {
+				return fmt.Errorf("spawn: proc option %q: %w", *key, err)
+			}
+		}
+		if value != nil {
+			if o.value, err = unix.BytePtrFromString(*value); err != nil {
+				return fmt.Errorf("spawn: proc option %q: %w", *value, err)
+			}
+		}
+		opts = append(opts, o)
+		return nil
+	}
+	for _, k := range f.Flags {
+		if err := add(unix.FSCONFIG_SET_FLAG, &k, nil); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range f.Data {
+		k, v, ok := strings.Cut(d, "=")
+		err := error(nil)
+		if ok {
+			err = add(unix.FSCONFIG_SET_STRING, &k, &v)
+		} else {
+			err = add(unix.FSCONFIG_SET_FLAG, &k, nil)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return opts, add(unix.FSCONFIG_CMD_CREATE, nil, nil)
+}
+
+const pointer = unsafe.Sizeof(uintptr(0))
+
+// size is how many bytes layout needs.
+func (p *Program) size() int {
+	n := int(unsafe.Sizeof(programHead{})) + int(pointer)*(len(p.Args)+len(p.Env)+2)
+	n += len(p.Path) + 1 + len(p.Dir) + 1
+	for _, l := range [][]string{p.Args, p.Env} {
+		for _, s := range l {
+			n += len(s) + 1
+		}
+	}
+	return n
+}
+
+// layout writes the program into b as execve takes it, for the address at which
+// the child has b: head, argv, envv, strings.
+func (p *Program) layout(b []byte, address uintptr) error {
+	if p.size() > len(b) {
+		return fmt.Errorf("spawn: %w: arguments and environment have %d bytes, want at most %d", unix.E2BIG, p.size(), len(b))
+	}
+	next := unsafe.Sizeof(programHead{})
+	argv := next
+	envv := argv + pointer*uintptr(len(p.Args)+1)
+	next = envv + pointer*uintptr(len(p.Env)+1)
+	put := func(at, v uintptr) { *(*uintptr)(unsafe.Pointer(&b[at])) = v }
+	var err error
+	text := func(what, s string) uintptr {
+		if strings.IndexByte(s, 0) >= 0 && err == nil {
+			err = fmt.Errorf("spawn: %s: %w", what, unix.EINVAL)
+		}
+		at := next
+		next += uintptr(copy(b[next:], s))
+		b[next] = 0
+		next++
+		return address + at
+	}
+	head := programHead{path: text("path", p.Path), argv: address + argv, envv: address + envv}
+	if p.Dir != "" {
+		head.dir = text("dir", p.Dir)
+	}
+	for i, s := range p.Args {
+		put(argv+pointer*uintptr(i), text("args", s))
+	}
+	put(argv+pointer*uintptr(len(p.Args)), 0)
+	for i, s := range p.Env {
+		put(envv+pointer*uintptr(i), text("env", s))
+	}
+	put(envv+pointer*uintptr(len(p.Env)), 0)
+	*(*programHead)(unsafe.Pointer(&b[0])) = head
+	return err
 }
 
 // configure does for the child what needs this process's privileges.
@@ -370,7 +479,7 @@ func (c *Child) await(want childState) error {
 		step, errno := Step(binary.NativeEndian.Uint32(b[:4])), syscall.Errno(binary.NativeEndian.Uint32(b[4:]))
 		switch step {
 		case stepHeld:
-			c.state = stateHeld
+			c.state, c.procFD = stateHeld, int(errno)
 		case stepReady:
 			c.state = stateReady
 		case stepExecing:
@@ -382,8 +491,53 @@ func (c *Child) await(want childState) error {
 	return c.err
 }
 
+// ProcFS returns a detached mount of the proc file system that a held child
+// has made. It is the caller's, and may be asked for once.
+func (c *Child) ProcFS() (*os.File, error) {
+	if c.state != stateHeld || c.procFD == 0 {
+		return nil, errors.New("spawn: the child has no proc file system to give")
+	}
+	pidFD, err := unix.PidfdOpen(c.Pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("spawn: %w", err)
+	}
+	defer func() { _ = unix.Close(pidFD) }()
+	fd, err := unix.PidfdGetfd(pidFD, c.procFD, 0)
+	if err != nil {
+		return nil, fmt.Errorf("spawn: take the proc file system: %w", err)
+	}
+	c.procFD = 0
+	return os.NewFile(uintptr(fd), "proc"), nil
+}
+
+// Exec is Proceed for a held child that was started without a program.
+func (c *Child) Exec(p *Program) error {
+	if !c.late {
+		return errors.New("spawn: the child has its program already")
+	}
+	if err := p.validate(); err != nil {
+		return err
+	}
+	if err := p.layout(c.program, uintptr(unsafe.Pointer(&c.program[0]))); err != nil {
+		return err
+	}
+	c.late = false
+	msg := binary.NativeEndian.AppendUint64([]byte{1}, uint64(p.size()))
+	if _, err := c.goPipe.Write(append(msg, c.program[:p.size()]...)); err != nil {
+		if errors.Is(err, unix.EPIPE) {
+			return c.died()
+		}
+		return fmt.Errorf("spawn: tell the child its program: %w", err)
+	}
+	c.program = nil
+	return c.await(stateReady)
+}
+
 // Proceed lets a held child go on, and returns when it is ready or failed.
 func (c *Child) Proceed() error {
+	if c.late {
+		return errors.New("spawn: the child has no program yet")
+	}
 	if err := c.letGo(); err != nil {
 		return err
 	}

@@ -39,6 +39,13 @@ func main() {
 			return
 		}
 	}
+	// The kernel wants a module: /init -q -- NAME.
+	if len(os.Args) == 4 && os.Args[0] == agent.ModuleLoader && os.Args[1] == "-q" && os.Getpid() != 1 {
+		if err := agent.LoadForKernel(os.Args[3], log.New(os.Stderr, "", 0)); err != nil {
+			os.Exit(1)
+		}
+		return
+	}
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "runv-agent: this program is the first process of a guest; it does nothing elsewhere")
 		os.Exit(1)
