@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -457,6 +458,42 @@ func TestParseKernel(t *testing.T) {
 		k, err := parseKernel(tt.data, false)
 		if err != nil || k.version != tt.version || k.format != tt.format {
 			t.Errorf("%s: version %q, format %q, %v", tt.name, k.version, k.format, err)
+		}
+	}
+}
+
+func TestTrimELF(t *testing.T) {
+	data := fakeVmlinux("6.1", true)
+	// A segment of 8 bytes and 4096 zeros in front of the symbols.
+	const off = 120
+	full := append(bytes.Clone(data), make([]byte, 100)...)
+	seg := uint64(len(full))
+	full = append(append(full, "12345678"...), make([]byte, 4096)...)
+	full = append(full, "symbols"...)
+	binary.LittleEndian.PutUint16(full[56:], 2) // program headers; the second overwrites content
+	for i, v := range []uint64{uint64(elf.PT_LOAD), seg, 0, 0, 8 + 4096, 8 + 4096, 1} {
+		binary.LittleEndian.PutUint64(full[off+8*i:], v)
+	}
+	out, err := trimELF(full)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uint64(len(out)) != seg+8 {
+		t.Errorf("trimmed to %d bytes, want %d", len(out), seg+8)
+	}
+	f, err := elf.NewFile(bytes.NewReader(out))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := f.Progs[1]; p.Filesz != 8 || p.Memsz != 8+4096 {
+		t.Errorf("segment has %d bytes in the file and %d in memory, want 8 and %d", p.Filesz, p.Memsz, 8+4096)
+	}
+	if err := checkPVH(out); err != nil {
+		t.Errorf("after trimming: %v", err)
+	}
+	for _, n := range []int{70, 130, len(out) - 1} {
+		if _, err := trimELF(full[:n]); err == nil {
+			t.Errorf("the first %d bytes were taken for a kernel", n)
 		}
 	}
 }

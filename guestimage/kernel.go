@@ -54,6 +54,11 @@ func parseKernel(data []byte, keep bool) (kernelImage, error) {
 		if err := checkPVH(data); err != nil {
 			return kernelImage{}, err
 		}
+		if !keep {
+			if data, err = trimELF(data); err != nil {
+				return kernelImage{}, err
+			}
+		}
 		return kernelImage{data: data, version: v, format: "elf"}, nil
 	case isBzImage(data):
 		v, err := bzImageVersion(data)
@@ -70,6 +75,9 @@ func parseKernel(data []byte, keep bool) (kernelImage, error) {
 		}
 		if checkPVH(vmlinux) != nil {
 			return k, nil
+		}
+		if vmlinux, err = trimELF(vmlinux); err != nil {
+			return kernelImage{}, err
 		}
 		return kernelImage{data: vmlinux, version: v, format: "elf"}, nil
 	case isArm64Image(data):
@@ -220,6 +228,50 @@ func checkPVH(data []byte) error {
 		}
 	}
 	return errors.New("the ELF kernel has no PVH entry (CONFIG_PVH)")
+}
+
+// trimELF returns an ELF kernel without what no loader needs: symbols, section
+// headers, and the zeros at the end of a segment, which QEMU would copy into the
+// guest's memory page by page. The result is a third smaller with Debian's
+// kernel, and each VM has as many fewer pages of its own when it starts.
+func trimELF(data []byte) ([]byte, error) {
+	f, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return nil, fmt.Errorf("elf: %w", err)
+	}
+	if f.Class != elf.ELFCLASS64 || f.ByteOrder != binary.LittleEndian {
+		return nil, fmt.Errorf("elf: %s %s, want 64-bit little-endian", f.Class, f.Data)
+	}
+	// Offsets in the file header and in a program header, elf(5).
+	const (
+		phoffAt, shoffAt, shnumAt = 32, 40, 58
+		ehsize, phsize, fileszAt  = 64, 56, 32
+	)
+	out := bytes.Clone(data)
+	phoff := int64(binary.LittleEndian.Uint64(out[phoffAt:]))
+	end := int64(ehsize)
+	for i, p := range f.Progs {
+		header := phoff + int64(i)*phsize
+		end = max(end, header+phsize)
+		if p.Type != elf.PT_LOAD && p.Type != elf.PT_NOTE {
+			continue
+		}
+		if p.Off > uint64(len(data)) || p.Filesz > uint64(len(data))-p.Off {
+			return nil, fmt.Errorf("elf: truncated: segment %d ends behind the file", i)
+		}
+		size := p.Filesz
+		if p.Type == elf.PT_LOAD {
+			size = uint64(len(bytes.TrimRight(data[p.Off:p.Off+p.Filesz], "\x00")))
+			binary.LittleEndian.PutUint64(out[header+fileszAt:], size)
+		}
+		end = max(end, int64(p.Off+size))
+	}
+	if end > int64(len(out)) {
+		return nil, errors.New("elf: truncated: the program headers end behind the file")
+	}
+	binary.LittleEndian.PutUint64(out[shoffAt:], 0)
+	clear(out[shnumAt : shnumAt+4]) // number of sections, index of their names
+	return out[:end], nil
 }
 
 // staticELF says why data is not a static executable.
