@@ -139,6 +139,7 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 		if v := swapMax(swap, limit); v != "" {
 			files["memory.swap.max"] = v
 		}
+		//lint:ignore SA1019 deprecated by the specification, and in use
 		if value(m.Kernel) != 0 || value(m.KernelTCP) != 0 { //nolint:staticcheck // deprecated, and in use
 			o.warn(field + ".memory.kernel: is not applied: cgroup v2 has no such limit")
 		}

@@ -260,6 +260,7 @@ func translateHooks(h *specs.Hooks, req *supervisorv1.CreateRequest, o *Options)
 		return out
 	}
 	req.Hooks = &supervisorv1.Hooks{
+		//lint:ignore SA1019 deprecated by the specification, and in use
 		Prestart:      host(h.Prestart), //nolint:staticcheck // deprecated, and in use
 		CreateRuntime: host(h.CreateRuntime),
 		Poststart:     host(h.Poststart),

@@ -18,16 +18,16 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
-func loadTest(t testing.TB, name string) *specs.Spec {
-	t.Helper()
+func loadTest(tb testing.TB, name string) *specs.Spec {
+	tb.Helper()
 	f, err := os.Open(filepath.Join("testdata", name+".json"))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	defer f.Close()
 	spec, err := Load(f)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return spec
 }

@@ -115,6 +115,7 @@ func checkHooks(h *specs.Hooks) error {
 		name  string
 		hooks []specs.Hook
 	}{
+		//lint:ignore SA1019 deprecated by the specification, and in use
 		{"prestart", h.Prestart}, //nolint:staticcheck // deprecated, and in use
 		{"createRuntime", h.CreateRuntime},
 		{"createContainer", h.CreateContainer},

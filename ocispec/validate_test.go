@@ -98,7 +98,9 @@ func TestBadInput(t *testing.T) {
 		{"mount mapping", func(s *specs.Spec, _ *Options) { s.Mounts[1].UIDMappings = []specs.LinuxIDMapping{{Size: 1}} }, `mounts[1].uidMappings: id-mapped mounts are not supported: the file share between host and VM cannot map ids`},
 		{"mount NUL", func(s *specs.Spec, _ *Options) { s.Mounts[1].Options = []string{"a\x00"} }, `mounts[1].options[0]: holds a NUL byte`},
 
-		{"hook relative", func(s *specs.Spec, _ *Options) { s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/a"}, {Path: "b"}}} }, `hooks.poststop[1].path: "b" is not absolute`},
+		{"hook relative", func(s *specs.Spec, _ *Options) {
+			s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/a"}, {Path: "b"}}}
+		}, `hooks.poststop[1].path: "b" is not absolute`},
 		{"hook path", func(s *specs.Spec, _ *Options) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{}}} }, `hooks.createRuntime[0].path: is missing, want an absolute path`},
 		{"hook timeout", func(s *specs.Spec, _ *Options) {
 			s.Hooks = &specs.Hooks{StartContainer: []specs.Hook{{Path: "/a", Timeout: ptr(-1)}}}
@@ -133,7 +135,9 @@ func TestBadInput(t *testing.T) {
 		{"no mapping", func(s *specs.Spec, _ *Options) { userNamespace(s, nil, nil) }, `linux.uidMappings: is missing, want the mapping of the new user namespace`},
 		{"empty mapping", func(s *specs.Spec, _ *Options) { userNamespace(s, []specs.LinuxIDMapping{{}}, nil) }, `linux.uidMappings[0].size: is 0, want the number of ids`},
 		{"no group mapping", func(s *specs.Spec, _ *Options) { userNamespace(s, []specs.LinuxIDMapping{{Size: 1}}, nil) }, `linux.gidMappings: is missing, want the mapping of the new user namespace`},
-		{"root unmapped", func(s *specs.Spec, _ *Options) { userNamespace(s, []specs.LinuxIDMapping{{ContainerID: 1, Size: 9}}, nil) }, `linux.uidMappings: does not map 0, the container's root`},
+		{"root unmapped", func(s *specs.Spec, _ *Options) {
+			userNamespace(s, []specs.LinuxIDMapping{{ContainerID: 1, Size: 9}}, nil)
+		}, `linux.uidMappings: does not map 0, the container's root`},
 		{"user unmapped", func(s *specs.Spec, _ *Options) {
 			s.Process.User.GID = 7
 			userNamespace(s, []specs.LinuxIDMapping{{Size: 1}}, []specs.LinuxIDMapping{{Size: 7}})
@@ -141,7 +145,9 @@ func TestBadInput(t *testing.T) {
 		{"overlap", func(s *specs.Spec, _ *Options) {
 			userNamespace(s, []specs.LinuxIDMapping{{Size: 10}, {ContainerID: 9, HostID: 100, Size: 1}}, nil)
 		}, `linux.uidMappings[1]: overlaps with linux.uidMappings[0]`},
-		{"mapping too long", func(s *specs.Spec, _ *Options) { userNamespace(s, []specs.LinuxIDMapping{{HostID: 2, Size: 1<<32 - 1}}, nil) }, `linux.uidMappings[0].size: is 4294967295, which leads past the last id`},
+		{"mapping too long", func(s *specs.Spec, _ *Options) {
+			userNamespace(s, []specs.LinuxIDMapping{{HostID: 2, Size: 1<<32 - 1}}, nil)
+		}, `linux.uidMappings[0].size: is 4294967295, which leads past the last id`},
 
 		{"device path", func(s *specs.Spec, _ *Options) { s.Linux.Devices = []specs.LinuxDevice{{Path: "dev", Type: "c"}} }, `linux.devices[0].path: "dev" is not absolute`},
 		{"device type", func(s *specs.Spec, _ *Options) { s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/x", Type: "z"}} }, `linux.devices[0].type: "z" is not a type of device, want c, b, u or p`},
@@ -171,7 +177,9 @@ func TestBadInput(t *testing.T) {
 			s.Linux.MemoryPolicy = &specs.LinuxMemoryPolicy{Mode: specs.MpolBind, Nodes: "0"}
 		}, `linux.memoryPolicy: is not supported: a VM has one memory node, want MPOL_DEFAULT or MPOL_LOCAL without nodes and flags`},
 		{"personality", func(s *specs.Spec, _ *Options) { s.Linux.Personality = &specs.LinuxPersonality{Domain: "BSD"} }, `linux.personality.domain: is "BSD", want LINUX or LINUX32`},
-		{"time offsets", func(s *specs.Spec, _ *Options) { s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"monotonic": {}} }, `linux.timeOffsets: cannot be set without a time namespace in linux.namespaces`},
+		{"time offsets", func(s *specs.Spec, _ *Options) {
+			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"monotonic": {}}
+		}, `linux.timeOffsets: cannot be set without a time namespace in linux.namespaces`},
 		{"clock", func(s *specs.Spec, _ *Options) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
 			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"realtime": {}}
@@ -184,14 +192,20 @@ func TestBadInput(t *testing.T) {
 		{"swap below limit", func(s *specs.Spec, _ *Options) {
 			s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: ptr(int64(9)), Swap: ptr(int64(5))}
 		}, `linux.resources.memory.swap: is 5, below linux.resources.memory.limit, 9, which it includes`},
-		{"swappiness", func(s *specs.Spec, _ *Options) { s.Linux.Resources.Memory = &specs.LinuxMemory{Swappiness: ptr(uint64(101))} }, `linux.resources.memory.swappiness: is 101, want 0 to 100`},
+		{"swappiness", func(s *specs.Spec, _ *Options) {
+			s.Linux.Resources.Memory = &specs.LinuxMemory{Swappiness: ptr(uint64(101))}
+		}, `linux.resources.memory.swappiness: is 101, want 0 to 100`},
 		{"cpu quota", func(s *specs.Spec, _ *Options) { s.Linux.Resources.CPU = &specs.LinuxCPU{Quota: ptr(int64(5))} }, `linux.resources.cpu.quota: is 5, want at least 1000 microseconds, or -1 for no limit`},
 		{"cpu period", func(s *specs.Spec, _ *Options) { s.Linux.Resources.CPU = &specs.LinuxCPU{Period: ptr(uint64(5))} }, `linux.resources.cpu.period: is 5, want 1000 to 1000000 microseconds`},
 		{"cpu burst", func(s *specs.Spec, _ *Options) { s.Linux.Resources.CPU = &specs.LinuxCPU{Burst: ptr(uint64(5))} }, `linux.resources.cpu.burst: is 5 without linux.resources.cpu.quota, which it adds to`},
 		{"cpu idle", func(s *specs.Spec, _ *Options) { s.Linux.Resources.CPU = &specs.LinuxCPU{Idle: ptr(int64(2))} }, `linux.resources.cpu.idle: is 2, want 0 or 1`},
 		{"cpu list", func(s *specs.Spec, _ *Options) { s.Linux.Resources.CPU = &specs.LinuxCPU{Cpus: "3-1"} }, `linux.resources.cpu.cpus: "3-1" is not a list of numbers and ranges such as 0-2,7`},
-		{"io weight", func(s *specs.Spec, _ *Options) { s.Linux.Resources.BlockIO = &specs.LinuxBlockIO{Weight: ptr(uint16(5))} }, `linux.resources.blockIO.weight: is 5, want 10 to 1000`},
-		{"huge page", func(s *specs.Spec, _ *Options) { s.Linux.Resources.HugepageLimits = []specs.LinuxHugepageLimit{{Pagesize: "2M"}} }, `linux.resources.hugepageLimits[0].pageSize: is "2M", want a size such as 2MB`},
+		{"io weight", func(s *specs.Spec, _ *Options) {
+			s.Linux.Resources.BlockIO = &specs.LinuxBlockIO{Weight: ptr(uint16(5))}
+		}, `linux.resources.blockIO.weight: is 5, want 10 to 1000`},
+		{"huge page", func(s *specs.Spec, _ *Options) {
+			s.Linux.Resources.HugepageLimits = []specs.LinuxHugepageLimit{{Pagesize: "2M"}}
+		}, `linux.resources.hugepageLimits[0].pageSize: is "2M", want a size such as 2MB`},
 		{"rdma", func(s *specs.Spec, _ *Options) { s.Linux.Resources.Rdma = map[string]specs.LinuxRdma{"mlx": {}} }, `linux.resources.rdma: is not supported: the adapters belong to the host, and a VM has none`},
 		{"unified path", func(s *specs.Spec, _ *Options) { s.Linux.Resources.Unified = map[string]string{"../memory.max": "1"} }, `linux.resources.unified: "../memory.max" is not a file of a cgroup controller, want a name such as memory.high`},
 		{"unified core", func(s *specs.Spec, _ *Options) { s.Linux.Resources.Unified = map[string]string{"cgroup.procs": "1"} }, `linux.resources.unified: "cgroup.procs" is not a file of a cgroup controller, want a name such as memory.high`},

@@ -16,24 +16,24 @@ import (
 	"golang.org/x/net/bpf"
 )
 
-func readProfile(t testing.TB, name string) *specs.LinuxSeccomp {
-	t.Helper()
+func readProfile(tb testing.TB, name string) *specs.LinuxSeccomp {
+	tb.Helper()
 	data, err := os.ReadFile(filepath.Join("testdata", name))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	var s specs.LinuxSeccomp
 	if err := json.Unmarshal(data, &s); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return &s
 }
 
 // instructions decodes a filter as the kernel would.
-func instructions(t testing.TB, filter []byte) []bpf.RawInstruction {
-	t.Helper()
+func instructions(tb testing.TB, filter []byte) []bpf.RawInstruction {
+	tb.Helper()
 	if len(filter)%8 != 0 || len(filter)/8 > maxInstructions {
-		t.Fatalf("a filter of %d bytes", len(filter))
+		tb.Fatalf("a filter of %d bytes", len(filter))
 	}
 	var out []bpf.RawInstruction
 	for i := 0; i < len(filter); i += 8 {
@@ -51,15 +51,15 @@ type syscallData struct {
 
 // machine runs a filter. The VM reads big-endian words, so each word of struct
 // seccomp_data is put down that way round.
-func machine(t testing.TB, filter []byte) func(d syscallData) uint32 {
-	t.Helper()
-	prog, ok := bpf.Disassemble(instructions(t, filter))
+func machine(tb testing.TB, filter []byte) func(d syscallData) uint32 {
+	tb.Helper()
+	prog, ok := bpf.Disassemble(instructions(tb, filter))
 	if !ok {
-		t.Fatal("the filter has instructions that are none")
+		tb.Fatal("the filter has instructions that are none")
 	}
 	vm, err := bpf.NewVM(prog)
 	if err != nil {
-		t.Fatalf("the filter is not valid: %v", err)
+		tb.Fatalf("the filter is not valid: %v", err)
 	}
 	buf := make([]byte, 64)
 	return func(d syscallData) uint32 {
@@ -72,7 +72,7 @@ func machine(t testing.TB, filter []byte) func(d syscallData) uint32 {
 		}
 		r, err := vm.Run(buf)
 		if err != nil {
-			t.Fatalf("run the filter: %v", err)
+			tb.Fatalf("run the filter: %v", err)
 		}
 		return uint32(r)
 	}
