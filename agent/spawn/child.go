@@ -80,6 +80,12 @@ type params struct {
 	procName *byte
 	procOpts []fsOption
 
+	// What recvmsg(2) takes for late descriptors; iov and control point into
+	// late below.
+	lateMsg unix.Msghdr
+	lateIov unix.Iovec
+	lateFDs lateFDs
+
 	// Scratch space of the child.
 	msg    report
 	buf    [8]byte
@@ -91,6 +97,14 @@ type params struct {
 type fsOption struct {
 	cmd        uintptr
 	key, value *byte
+}
+
+// lateFDs is a message of up to 3 descriptors, as the kernel writes it.
+type lateFDs struct {
+	which byte // bit n: there is one for descriptor n
+	_     [7]byte
+	head  unix.Cmsghdr
+	fds   [4]int32
 }
 
 // programHead begins params.program: the addresses, in it, of what execve and
@@ -230,10 +244,22 @@ func child(p *params) {
 			if n > uintptr(len(p.program)) || !readAll(&p.program[0], n) {
 				goto abandoned
 			}
+			if n, _, errno = syscall.RawSyscall(unix.SYS_RECVMSG, goFD, uintptr(unsafe.Pointer(&p.lateMsg)), unix.MSG_CMSG_CLOEXEC); errno != 0 || n != 1 {
+				goto abandoned
+			}
+			n = 0
+			for i = 0; i < 3; i++ {
+				if p.lateFDs.which&(1<<i) == 0 {
+					continue
+				}
+				if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.lateFDs.fds[n&3]), i, 0); errno != 0 {
+					step = StepFiles
+					goto failed
+				}
+				n++
+			}
 		}
-		if p.procfs {
-			syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0)
-		}
+		syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0)
 	}
 
 	if p.setsid {

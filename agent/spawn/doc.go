@@ -17,7 +17,7 @@
 //	                              ├─ go ◀─── id maps, rlimits, scheduler, oom score
 //	unshare ─ root in user ns ─── ┤
 //	                              ├─ held ─▶ Start returns      (Spec.Hold)
-//	                              ├─ go ◀─── Child.Proceed
+//	                              ├─ go ◀─── Child.Proceed or Child.Exec
 //	session ─ tty ─ privileges ── ┤
 //	                              ├─ ready ▶ Start (or Proceed) returns
 //	                              ├─ go ◀─── Child.Release      (Spec.Wait)

@@ -100,6 +100,8 @@ type Program struct {
 	Args []string
 	Env  []string
 	Dir  string
+	// Files replace those of Spec.Files where they are not nil.
+	Files [3]*os.File
 }
 
 // ProcFS has the options of a proc file system.
@@ -166,7 +168,7 @@ func (s *Spec) validate() error {
 		return errors.New("spawn: a proc file system needs a child that is held")
 	case s.Ctty && !s.Setsid:
 		return errors.New("spawn: a controlling terminal needs a new session")
-	case s.Ctty && s.Files[0] == nil:
+	case s.Ctty && s.Files[0] == nil && s.Path != "":
 		return errors.New("spawn: a controlling terminal needs descriptor 0")
 	case s.CloneFlags&^namespaceFlags != 0:
 		return fmt.Errorf("spawn: clone flags %#x are not namespaces", s.CloneFlags&^namespaceFlags)
@@ -186,7 +188,9 @@ func (s *Spec) validate() error {
 	return nil
 }
 
-func (s *Spec) program() *Program { return &Program{s.Path, s.Args, s.Env, s.Dir} }
+func (s *Spec) program() *Program {
+	return &Program{Path: s.Path, Args: s.Args, Env: s.Env, Dir: s.Dir}
+}
 
 func (p *Program) validate() error {
 	switch {

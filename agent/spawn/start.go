@@ -195,6 +195,12 @@ func newParams(s *Spec) (*params, error) {
 	}
 	p.late = s.Path == ""
 	if p.late {
+		p.lateIov.Base = &p.lateFDs.which
+		p.lateIov.SetLen(1)
+		p.lateMsg.Iov = &p.lateIov
+		p.lateMsg.Iovlen = 1
+		p.lateMsg.Control = (*byte)(unsafe.Pointer(&p.lateFDs.head))
+		p.lateMsg.SetControllen(int(unsafe.Sizeof(p.lateFDs) - unsafe.Offsetof(p.lateFDs.head)))
 		p.program = make([]byte, lateProgram)
 	} else {
 		p.program = make([]byte, s.program().size())
@@ -433,18 +439,23 @@ func pipe() (*os.File, int, error) {
 	return os.NewFile(uintptr(fds[0]), "spawn reports"), fds[1], nil
 }
 
-// goPipes returns a blocking read end for the child and a write end.
+// goPipes returns a blocking end of a socket pair for the child to read, and
+// the end that is written here.
 func goPipes() (int, *os.File, error) {
-	var fds [2]int
-	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
-		return -1, nil, fmt.Errorf("spawn: pipe: %w", err)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, nil, fmt.Errorf("spawn: socket pair: %w", err)
+	}
+	if err := unix.SetNonblock(fds[1], true); err != nil {
+		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+		return -1, nil, fmt.Errorf("spawn: socket pair: %w", err)
 	}
 	return fds[0], os.NewFile(uintptr(fds[1]), "spawn go"), nil
 }
 
 func (c *Child) letGo() error {
 	if _, err := c.goPipe.Write([]byte{1}); err != nil {
-		if errors.Is(err, unix.EPIPE) {
+		if isGone(err) {
 			return c.died()
 		}
 		return fmt.Errorf("spawn: wake child: %w", err)
@@ -523,15 +534,48 @@ func (c *Child) Exec(p *Program) error {
 	}
 	c.late = false
 	msg := binary.NativeEndian.AppendUint64([]byte{1}, uint64(p.size()))
-	if _, err := c.goPipe.Write(append(msg, c.program[:p.size()]...)); err != nil {
-		if errors.Is(err, unix.EPIPE) {
-			return c.died()
-		}
+	_, err := c.goPipe.Write(append(msg, c.program[:p.size()]...))
+	c.program = nil
+	if err == nil {
+		err = c.sendFiles(p.Files)
+	}
+	if isGone(err) {
+		return c.died()
+	} else if err != nil {
 		return fmt.Errorf("spawn: tell the child its program: %w", err)
 	}
-	c.program = nil
 	return c.await(stateReady)
 }
+
+// sendFiles sends the late descriptors.
+func (c *Child) sendFiles(files [3]*os.File) error {
+	var which byte
+	var fds []int
+	for i, f := range files {
+		if f != nil {
+			which |= 1 << i
+			fds = append(fds, int(f.Fd()))
+		}
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	conn, err := c.goPipe.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = conn.Write(func(fd uintptr) bool {
+		serr = unix.Sendmsg(int(fd), []byte{which}, rights, nil, unix.MSG_NOSIGNAL)
+		return !errors.Is(serr, unix.EAGAIN) && !errors.Is(serr, unix.EINTR)
+	})
+	runtime.KeepAlive(files)
+	return errors.Join(err, serr)
+}
+
+// isGone says whether a write failed because the child has ended.
+func isGone(err error) bool { return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) }
 
 // Proceed lets a held child go on, and returns when it is ready or failed.
 func (c *Child) Proceed() error {
@@ -547,7 +591,7 @@ func (c *Child) Proceed() error {
 // Release lets a waiting child execute its program. It does not wait for that.
 func (c *Child) Release() error {
 	if _, err := c.goPipe.Write([]byte{1}); err != nil {
-		if errors.Is(err, unix.EPIPE) {
+		if isGone(err) {
 			return ErrDied
 		}
 		return fmt.Errorf("spawn: release child: %w", err)
