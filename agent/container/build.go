@@ -9,7 +9,6 @@ import (
 	"sort"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/hyperhq/runv/agent/spawn"
@@ -26,7 +25,11 @@ type inputs struct {
 	cgroup *os.File         // nil: the process that builds is in it already
 	rootfs *os.File         // detached mounts from here on
 	mounts map[int]*os.File // by index into req.Mounts: sources of bind mounts, cgroup
-	resolv *os.File         // nil: no resolv.conf is to be mounted
+	// source opens such a source, nil for other mounts. Newer kernels list
+	// mounts in the order in which they were cloned, so each is when its turn
+	// comes; a builder in a user namespace has no source but all of mounts.
+	source func(m *agentv1.Mount) (*os.File, error)
+	resolv *os.File // nil: no resolv.conf is to be mounted
 	nodes  map[string]*os.File
 	joins  map[agentv1.Namespace_Type]*os.File
 	stdio  Stdio
@@ -59,10 +62,19 @@ type builder struct {
 	plan nsPlan
 	root rootDir // the container's root, from when it is attached
 
+	l       *localBuild // what it becomes
 	oldRoot *os.File
-	open    closers
-	later   []func() error // what makes mounts read-only at the end
-	plain   []*os.File     // mounts that have no propagation of their own
+	procfs  *os.File // made by init
+	// procMounted says that procfs is in its place.
+	procMounted bool
+	// devpts is the file system that the terminal comes from, for the mount
+	// with this index.
+	devpts      *os.File
+	devptsIndex int
+
+	open  closers
+	later []func() error // what makes mounts read-only at the end
+	plain []*os.File     // mounts that have no propagation of their own
 }
 
 // localBuild is a container built on a thread of this process.
@@ -131,15 +143,25 @@ func (l *localBuild) close() {
 // build runs on the container's thread.
 func (b *builder) build(ctx context.Context, l *localBuild) error {
 	req := b.in.req
+	b.l = l
 	if err := b.namespaces(); err != nil {
 		return err
 	}
 	if err := b.identity(); err != nil {
 		return err
 	}
+	p := &preparation{process: req.GetProcess(), stdio: b.in.stdio, seccomp: req.GetSeccomp(), proc: b.in.proc, unlimited: b.in.sibling}
+	defer p.close()
+	if err := b.terminal(p); err != nil {
+		return err
+	}
+	if err := b.firstProcess(p); err != nil {
+		return err
+	}
 	if err := b.attachRoot(); err != nil {
 		return err
 	}
+	p.root = b.root
 	for i, m := range req.GetMounts() {
 		if err := b.mount(i, m); err != nil {
 			return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, mountName(m), m.GetDestination(), err)
@@ -169,14 +191,7 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 			return fmt.Errorf("masked_paths: %q: %w", p, err)
 		}
 	}
-	p := &preparation{root: b.root, process: req.GetProcess(), stdio: b.in.stdio, seccomp: req.GetSeccomp(), proc: b.in.proc, unlimited: b.in.sibling}
-	defer p.close()
-	// The terminal's node is mounted over /dev/console, so it is made before
-	// the root becomes read-only.
-	if req.GetProcess().GetTerminal() {
-		if err := p.openTerminal(); err != nil {
-			return err
-		}
+	if p.slave != nil {
 		if err := b.bindConsole(p.slave); err != nil {
 			return fmt.Errorf("mount terminal at \"/dev/console\": %w", err)
 		}
@@ -202,16 +217,34 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 		return fmt.Errorf("rootfs: %w", err)
 	}
 	l.rootFD = root
+	if err := b.finish(p); err != nil {
+		return err
+	}
+	l.console = p.takeConsole()
+	return nil
+}
 
-	if req.GetPersonality() != 0 {
-		if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, uintptr(req.GetPersonality()), 0, 0); errno != 0 {
-			return fmt.Errorf("personality: set %#x: %w", req.GetPersonality(), errno)
-		}
+// finish tells init its program, or makes it where it does not exist yet.
+func (b *builder) finish(p *preparation) error {
+	program, err := p.program()
+	if err != nil {
+		return err
+	}
+	if b.l.child != nil {
+		return processError(b.l.child.Exec(program), p.process)
 	}
 	spec, err := p.spec()
 	if err != nil {
 		return err
 	}
+	b.adapt(spec)
+	spec.Path, spec.Args, spec.Env, spec.Dir = program.Path, program.Args, program.Env, program.Dir
+	b.l.child, err = spawn.Start(spec)
+	return processError(err, p.process)
+}
+
+// adapt adds to the spec of init what belongs to the container.
+func (b *builder) adapt(spec *spawn.Spec) {
 	spec.UnshareFlags = uintptr(b.plan.child)
 	spec.CgroupFD = b.in.cgroup
 	spec.Wait = true
@@ -219,13 +252,76 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 	if ns := b.in.joins[agentv1.Namespace_TYPE_TIME]; ns != nil {
 		spec.Setns = append(spec.Setns, ns)
 	}
-	child, err := spawn.Start(spec)
-	if err != nil {
-		return processError(err, req.GetProcess())
+}
+
+// firstProcess makes init before the mounts if one of them is the proc file
+// system of another pid namespace than the agent's, which only a process in
+// there can make. It waits for its program until finish.
+func (b *builder) firstProcess(p *preparation) error {
+	if b.plan.unshare&unix.CLONE_NEWPID == 0 && b.in.joins[agentv1.Namespace_TYPE_PID] == nil {
+		return nil
 	}
-	l.child = child
-	l.console = p.takeConsole()
+	for i, m := range b.in.req.GetMounts() {
+		if isBind(m) || m.GetType() != "proc" {
+			continue
+		}
+		spec, err := p.spec()
+		if err != nil {
+			return err
+		}
+		b.adapt(spec)
+		spec.Hold = true
+		spec.ProcFS = &spawn.ProcFS{Flags: m.GetFlags(), Data: m.GetData()}
+		child, err := spawn.Start(spec)
+		if err != nil {
+			var e *spawn.Error
+			if errors.As(err, &e) && e.Step == spawn.StepProcFS {
+				return b.procError(i, m, e.Errno)
+			}
+			return processError(err, p.process)
+		}
+		b.l.child = child
+		if b.procfs, err = child.ProcFS(); err != nil {
+			return err
+		}
+		b.open.add(b.procfs)
+		return nil
+	}
 	return nil
+}
+
+// procError finds out what the kernel has against the options of a proc mount
+// by trying them where its log can be read.
+func (b *builder) procError(i int, m *agentv1.Mount, errno unix.Errno) error {
+	var err error = errno
+	if fs, terr := newFS("proc", "proc", m.GetFlags(), m.GetData()); terr != nil {
+		err = terr
+	} else {
+		_ = fs.Close()
+	}
+	return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, m.GetType(), m.GetDestination(), err)
+}
+
+// terminal allocates the process's terminal. Init is born with it, which may be
+// before the mounts are made, so the file system that it comes from is made here
+// and mounted in its turn.
+func (b *builder) terminal(p *preparation) error {
+	if !p.process.GetTerminal() {
+		return nil
+	}
+	for i, m := range b.in.req.GetMounts() {
+		if isBind(m) || m.GetType() != "devpts" || path.Clean(m.GetDestination()) != "/dev/pts" {
+			continue
+		}
+		fs, err := newFS(m.GetType(), sourceOf(m), m.GetFlags(), m.GetData())
+		if err != nil {
+			return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, mountName(m), m.GetDestination(), err)
+		}
+		b.open.add(fs)
+		b.devpts, b.devptsIndex = fs, i
+		return p.openTerminal(fs)
+	}
+	return errors.New("process.terminal: mounts have no devpts at \"/dev/pts\" to take it from")
 }
 
 // namespaces gives the thread those of the container.
@@ -257,7 +353,21 @@ func (b *builder) namespaces() error {
 			return fmt.Errorf("set up loopback interface: %w", err)
 		}
 	}
+	if err := setPersonality(b.in.req.GetPersonality()); err != nil {
+		return err
+	}
 	return b.timeOffsets()
+}
+
+// setPersonality is inherited by what the thread starts.
+func setPersonality(p uint32) error {
+	if p == 0 {
+		return nil
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, uintptr(p), 0, 0); errno != 0 {
+		return fmt.Errorf("personality: set %#x: %w", p, errno)
+	}
+	return nil
 }
 
 // timeOffsets sets the clocks of a new time namespace, which nobody is in yet.
@@ -334,7 +444,14 @@ func mountName(m *agentv1.Mount) string {
 
 // mount performs one entry of the request's mounts.
 func (b *builder) mount(i int, m *agentv1.Mount) error {
-	if tree := b.in.mounts[i]; tree != nil { // a bind mount or the cgroup
+	tree := b.in.mounts[i]
+	if b.in.source != nil {
+		var err error
+		if tree, err = b.elsewhere(m); err != nil {
+			return err
+		}
+	}
+	if tree != nil { // a bind mount or the cgroup
 		dir, err := isDir(tree)
 		if err != nil {
 			return err
@@ -363,14 +480,8 @@ func (b *builder) mount(i int, m *agentv1.Mount) error {
 			return err
 		}
 	}
-	source := m.GetSource()
-	if source == "" {
-		source = m.GetType()
-	}
-	fs, err := newFS(m.GetType(), source, flags, data)
-	if err != nil && special && b.in.inUser && errors.Is(err, unix.EPERM) {
-		// The pid or network namespace is not of this user namespace, whose
-		// root then may only see what is there already.
+	fs, err := b.newMount(i, m, flags, data)
+	if err != nil && errors.Is(err, unix.EPERM) && b.borrows(m.GetType()) {
 		fs, err = openTreeAt(unix.AT_FDCWD, map[string]string{"proc": "/proc", "sysfs": "/sys"}[m.GetType()], true)
 	}
 	if err != nil {
@@ -393,6 +504,52 @@ func (b *builder) mount(i int, m *agentv1.Mount) error {
 		})
 	}
 	return b.place(m, fs, target, set)
+}
+
+func sourceOf(m *agentv1.Mount) string {
+	if m.GetSource() != "" {
+		return m.GetSource()
+	}
+	return m.GetType()
+}
+
+// newMount makes the file system of a mount, or takes what is made already.
+func (b *builder) newMount(i int, m *agentv1.Mount, flags, data []string) (*os.File, error) {
+	switch {
+	case b.devpts != nil && i == b.devptsIndex:
+		return b.devpts, nil
+	case m.GetType() == "proc" && b.procfs != nil:
+		fs := b.procfs
+		if b.procMounted {
+			// Another one of the same pid namespace shows the same.
+			return openTree(fs, false)
+		}
+		b.procMounted = true
+		return fs, nil
+	}
+	return newFS(m.GetType(), sourceOf(m), flags, data)
+}
+
+// borrows says whether a proc or sysfs shows a namespace that the container's
+// user namespace does not own; its root then may only see the guest's mount.
+func (b *builder) borrows(fstype string) bool {
+	owner := map[string]int{"proc": unix.CLONE_NEWPID, "sysfs": unix.CLONE_NEWNET}[fstype]
+	return b.in.inUser && owner != 0 && b.plan.unshare&owner == 0
+}
+
+// elsewhere opens the source of a mount in the agent's mount namespace, where
+// it still is a peer of what other containers mount.
+func (b *builder) elsewhere(m *agentv1.Mount) (tree *os.File, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tree, err = b.in.source(m)
+	}()
+	<-done
+	if tree != nil {
+		b.open.add(tree)
+	}
+	return tree, err
 }
 
 // place gives a detached mount its attributes and puts it over target.
@@ -513,7 +670,7 @@ func (b *builder) workDir() error {
 	}
 	f, err := b.root.mkdirAll(path.Clean("/"+cwd), 0o755)
 	if err != nil {
-		if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOTDIR) {
+		if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) {
 			return nil // chdir says what is wrong
 		}
 		return fmt.Errorf("process.cwd: make %q: %w", cwd, err)
@@ -576,65 +733,23 @@ func (b *builder) maskPath(p string) error {
 	return attach(mask, f)
 }
 
-// pivot makes the container's root the thread's and drops the guest's mounts
-// from the namespace.
+// pivot makes the container's root the thread's, and init's if that exists, and
+// drops the guest's mounts from the namespace.
 func (b *builder) pivot() error {
 	if err := unix.Fchdir(int(b.root.dir.Fd())); err != nil {
 		return err
 	}
-	switch err := unix.PivotRoot(".", "."); {
-	case err == nil:
-		// The old root is mounted over the new one now.
-		if err := unix.Fchdir(int(b.oldRoot.Fd())); err != nil {
-			return err
-		}
-		if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-			return fmt.Errorf("unmount the guest's root: %w", err)
-		}
-	case errors.Is(err, unix.EINVAL):
-		// The guest's root is the initial ramfs, which nothing can replace. It
-		// lies below the container's root and is covered by it whole.
-		if err := b.unmountGuest(); err != nil {
-			return err
-		}
-		if err := unix.Chroot("."); err != nil {
-			return err
-		}
-	default:
+	if err := unix.PivotRoot(".", "."); err != nil {
 		return fmt.Errorf("pivot_root: %w", err)
 	}
+	// The old root is mounted over the new one now.
+	if err := unix.Fchdir(int(b.oldRoot.Fd())); err != nil {
+		return err
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("unmount the guest's root: %w", err)
+	}
 	return unix.Chdir("/")
-}
-
-// unmountGuest takes the guest's mounts out of the container's namespace.
-func (b *builder) unmountGuest() error {
-	f, err := openAt(b.in.proc, "thread-self/mountinfo", unix.O_RDONLY, 0)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = f.Close() }()
-	mounts, err := mountinfo.GetMountsFromReader(f, nil)
-	if err != nil {
-		return err
-	}
-	var old, new unix.Statx_t
-	if err := unix.Statx(int(b.oldRoot.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &old); err != nil {
-		return err
-	}
-	if err := unix.Statx(int(b.root.dir.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &new); err != nil {
-		return err
-	}
-	for _, m := range mounts {
-		if m.Parent != int(old.Mnt_id) || m.ID == int(new.Mnt_id) {
-			continue
-		}
-		// A user namespace may not uncover mounts of its parent; they stay,
-		// where nobody can reach them.
-		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil && !b.in.inUser {
-			return fmt.Errorf("unmount %s of the guest: %w", m.Mountpoint, err)
-		}
-	}
-	return nil
 }
 
 // rootPropagation applies Rootfs.propagation. It comes last: a shared root

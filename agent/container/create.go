@@ -73,6 +73,7 @@ func (c *Container) Create(ctx context.Context, stdio Stdio) (_ *Process, err er
 			return nil, err
 		}
 		c.built, child, console, rootFD = b, b.child, b.console, b.rootFD
+		b.rootFD = nil
 	} else {
 		b, err := buildLocal(ctx, in)
 		if err != nil {
@@ -173,10 +174,9 @@ func (c *Container) joins() (map[agentv1.Namespace_Type]*os.File, error) {
 		o.mu.Lock()
 		f := o.ns[ns.GetType()]
 		o.mu.Unlock()
-		if f == nil {
-			return nil, fmt.Errorf("join %s namespace of container %q: the guest's kernel has none", nsByType[ns.GetType()].file, ns.GetContainerId())
+		if f != nil { // else it is the guest's own, which this one is in anyway
+			out[ns.GetType()] = f
 		}
-		out[ns.GetType()] = f
 	}
 	return out, nil
 }
@@ -227,7 +227,13 @@ func (c *Container) inputs(stdio Stdio, ids idMaps, user bool) (_ *inputs, err e
 	if in.rootfs, err = c.shareTree(r.GetShareTag(), r.GetSharePath(), true, true); err != nil {
 		return nil, fmt.Errorf("rootfs: %w", err)
 	}
+	if !user {
+		in.source = c.mountSource
+	}
 	for i, m := range c.req.GetMounts() {
+		if !user {
+			break
+		}
 		tree, err := c.mountSource(m)
 		if err != nil {
 			return nil, fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, mountName(m), m.GetDestination(), err)

@@ -67,16 +67,9 @@ type execution struct {
 // run runs on a thread of its own.
 func (x *execution) run() error {
 	defer x.prep.close()
-	if pers := x.c.req.GetPersonality(); pers != 0 {
-		if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, uintptr(pers), 0, 0); errno != 0 {
-			return fmt.Errorf("personality: set %#x: %w", pers, errno)
-		}
-	}
-	own, err := openAt(x.prep.proc, "self/ns/user", unix.O_RDONLY, 0)
-	if err != nil {
+	if err := setPersonality(x.c.req.GetPersonality()); err != nil {
 		return err
 	}
-	defer func() { _ = own.Close() }()
 	if err := joinNamespaces(x.ns); err != nil {
 		if hasExited(x.init) {
 			return ErrExecStopped
@@ -89,12 +82,20 @@ func (x *execution) run() error {
 	}
 	defer func() { _ = root.Close() }()
 	x.prep.root = rootDir{root}
+	program, err := x.prep.program()
+	if err != nil {
+		return err
+	}
+	if err := x.terminal(); err != nil {
+		return err
+	}
 	spec, err := x.prep.spec()
 	if err != nil {
 		return err
 	}
+	spec.Path, spec.Args, spec.Env, spec.Dir = program.Path, program.Args, program.Env, program.Dir
 	// What only a process with one thread can join.
-	if user := x.ns[agentv1.Namespace_TYPE_USER]; user != nil && !sameFile(user, own) {
+	if user := x.ns[agentv1.Namespace_TYPE_USER]; user != nil {
 		spec.Setns = append(spec.Setns, user)
 		spec.JoinsUser = true
 	}
@@ -114,6 +115,19 @@ func (x *execution) run() error {
 	}
 	x.process = &Process{Pid: child.Pid, Child: child, Console: x.prep.takeConsole()}
 	return nil
+}
+
+// terminal allocates one in the container's own devpts.
+func (x *execution) terminal() error {
+	if !x.prep.process.GetTerminal() {
+		return nil
+	}
+	dir, err := x.prep.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return fmt.Errorf("process.terminal: open /dev/pts: %w", err)
+	}
+	defer func() { _ = dir.Close() }()
+	return x.prep.openTerminal(dir)
 }
 
 // start makes the process in the container's cgroup, or in the one that init

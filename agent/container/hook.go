@@ -25,8 +25,8 @@ const hookOutput = 512
 // with the guest's root as "/" and the container's as working directory (OCI
 // runtime spec 1.3, config.md, "Prestart" and following).
 //
-// They do not share the container's pid namespace: its first process is init,
-// which does not exist yet, and the namespace would end with the hook.
+// Without a proc mount init does not exist yet, and a pid namespace would end
+// with the hook that is first in it; then they stay in the agent's.
 func (b *builder) createHooks(ctx context.Context, hooks []*agentv1.Hook) error {
 	self := fmt.Sprintf("%d", unix.Gettid())
 	ns := make(map[agentv1.Namespace_Type]*os.File)
@@ -40,6 +40,13 @@ func (b *builder) createHooks(ctx context.Context, hooks []*agentv1.Hook) error 
 			return fmt.Errorf("createContainer hooks: %w", err)
 		}
 		ns[typ] = f
+	}
+	if b.l.child != nil {
+		f, err := openAt(b.in.proc, fmt.Sprintf("%d/ns/pid", b.l.child.Pid), unix.O_RDONLY, 0)
+		if err != nil {
+			return fmt.Errorf("createContainer hooks: %w", err)
+		}
+		ns[agentv1.Namespace_TYPE_PID] = f
 	}
 	t := newThread()
 	defer t.close()

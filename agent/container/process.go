@@ -79,10 +79,26 @@ func (p *preparation) takeConsole() *os.File {
 	return m
 }
 
-// spec changes the thread's working directory to the process's.
+// program is what is executed, looked up in the container.
+func (p *preparation) program() (*spawn.Program, error) {
+	prog := &spawn.Program{Args: p.process.GetArgs(), Dir: p.process.GetCwd()}
+	if prog.Dir == "" {
+		prog.Dir = "/"
+	}
+	if err := p.checkDir(prog.Dir); err != nil {
+		return nil, err
+	}
+	var err error
+	if prog.Env, err = p.environment(); err != nil {
+		return nil, err
+	}
+	prog.Path, err = lookPath(p.root, prog.Dir, prog.Args[0], getenv(prog.Env, "PATH"))
+	return prog, err
+}
+
+// spec is the process without its program.
 func (p *preparation) spec() (*spawn.Spec, error) {
 	s := &spawn.Spec{
-		Args:       p.process.GetArgs(),
 		Setsid:     true,
 		NoNewPrivs: p.process.GetNoNewPrivileges(),
 		Proc:       p.proc,
@@ -97,17 +113,6 @@ func (p *preparation) spec() (*spawn.Spec, error) {
 		umask = u.GetUmask()
 	}
 	s.Umask = &umask
-
-	if err := p.chdir(s); err != nil {
-		return nil, err
-	}
-	var err error
-	if s.Env, err = p.environment(); err != nil {
-		return nil, err
-	}
-	if s.Path, err = lookPath(p.root, p.process.GetCwd(), p.process.GetArgs()[0], getenv(s.Env, "PATH")); err != nil {
-		return nil, err
-	}
 	if err := p.files(s); err != nil {
 		return nil, err
 	}
@@ -126,27 +131,18 @@ func (p *preparation) spec() (*spawn.Spec, error) {
 	return s, nil
 }
 
-// chdir enters the working directory by its descriptor: a path would be free to
-// lead through a descriptor of the agent.
-func (p *preparation) chdir(s *spawn.Spec) error {
-	cwd := p.process.GetCwd()
-	if cwd == "" {
-		cwd = "/"
-	}
+// checkDir says whether the working directory can be entered. The child enters
+// it by its path, when it has no descriptor left that a path could lead to.
+func (p *preparation) checkDir(cwd string) error {
 	f, err := p.root.open(cwd, unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err == nil {
-		err = unix.Fchdir(int(f.Fd()))
-		_ = f.Close()
-	}
 	if errors.Is(err, unix.EACCES) {
 		// The user may be allowed what root is not, on a network file system.
-		s.Dir = cwd
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("chdir to cwd (%q) set in config.json failed: %w", cwd, err)
 	}
-	return nil
+	return f.Close()
 }
 
 // environment returns the variables, each once: the last one wins. HOME comes
@@ -207,11 +203,6 @@ func getenv(env []string, key string) string {
 // files sets the standard streams up.
 func (p *preparation) files(s *spawn.Spec) error {
 	if p.process.GetTerminal() {
-		if p.master == nil {
-			if err := p.openTerminal(); err != nil {
-				return err
-			}
-		}
 		s.Files = [3]*os.File{p.slave, p.slave, p.slave}
 		s.Ctty = true
 		return nil
@@ -222,13 +213,9 @@ func (p *preparation) files(s *spawn.Spec) error {
 			continue
 		}
 		if p.null == nil {
-			null, err := p.root.open("/dev/null", unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-			if err != nil {
-				return fmt.Errorf("open /dev/null of the container: %w", err)
-			}
-			p.null = null
-			if ok, err := isDevice(null, defaultDevices[0]); err != nil || !ok {
-				return errors.Join(errors.New("/dev/null of the container is not the null device"), err)
+			var err error
+			if p.null, err = p.openNull(); err != nil {
+				return err
 			}
 		}
 		s.Files[i] = p.null
@@ -236,18 +223,31 @@ func (p *preparation) files(s *spawn.Spec) error {
 	return nil
 }
 
-// openTerminal allocates a pseudo-terminal in the container's own devpts.
-func (p *preparation) openTerminal() (err error) {
+// openNull opens the null device: the container's, or the guest's for an init
+// that is made before the container's exists.
+func (p *preparation) openNull() (*os.File, error) {
+	if p.root.dir == nil {
+		return os.OpenFile("/dev/null", os.O_RDWR, 0)
+	}
+	null, err := p.root.open("/dev/null", unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/null of the container: %w", err)
+	}
+	if ok, err := isDevice(null, defaultDevices[0]); err != nil || !ok {
+		_ = null.Close()
+		return nil, errors.Join(errors.New("/dev/null of the container is not the null device"), err)
+	}
+	return null, nil
+}
+
+// openTerminal allocates a pseudo-terminal in a devpts file system, whose root
+// dir is.
+func (p *preparation) openTerminal(dir *os.File) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("process.terminal: %w", err)
 		}
 	}()
-	dir, err := p.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return fmt.Errorf("open /dev/pts: %w", err)
-	}
-	defer func() { _ = dir.Close() }()
 	// Only devpts itself is asked for a terminal. Its names are the kernel's.
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {

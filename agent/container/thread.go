@@ -98,7 +98,8 @@ func joinNamespaces(ns map[agentv1.Namespace_Type]*os.File) error {
 	return nil
 }
 
-// openNamespaces opens the namespaces of a process of the guest.
+// openNamespaces opens those namespaces of a process of the guest that are not
+// the agent's own: joining what one is in already is refused for some.
 func openNamespaces(proc *os.File, pid int) (map[agentv1.Namespace_Type]*os.File, error) {
 	out := make(map[agentv1.Namespace_Type]*os.File)
 	for typ, kind := range nsByType {
@@ -110,7 +111,18 @@ func openNamespaces(proc *os.File, pid int) (map[agentv1.Namespace_Type]*os.File
 			closeNamespaces(out)
 			return nil, fmt.Errorf("open %s namespace of process %d: %w", kind.file, pid, err)
 		}
-		out[typ] = f
+		own, err := openAt(proc, "self/ns/"+kind.file, unix.O_RDONLY, 0)
+		if err != nil {
+			_ = f.Close()
+			closeNamespaces(out)
+			return nil, fmt.Errorf("open %s namespace of the agent: %w", kind.file, err)
+		}
+		if sameFile(f, own) {
+			_ = f.Close()
+		} else {
+			out[typ] = f
+		}
+		_ = own.Close()
 	}
 	return out, nil
 }
@@ -123,9 +135,6 @@ func closeNamespaces(ns map[agentv1.Namespace_Type]*os.File) {
 
 // sameFile says whether two namespace descriptors are the same namespace.
 func sameFile(a, b *os.File) bool {
-	if a == nil || b == nil {
-		return a == b
-	}
 	sa, erra := a.Stat()
 	sb, errb := b.Stat()
 	return erra == nil && errb == nil && os.SameFile(sa, sb)
