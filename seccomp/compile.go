@@ -1,7 +1,6 @@
 package seccomp
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 
@@ -293,27 +292,30 @@ type segment struct {
 
 // segments cuts the numbers of an ABI into runs, in order, from the ABI's first.
 func (p *profile) segments(a abi) []segment {
-	type bound struct {
-		nr   uint32
-		rule *rule
+	// A key is a number and, below it, the place of a rule in the section: in
+	// order, they are in the order in which the rules count.
+	keys := make([]uint64, 0, len(p.calls))
+	rules := make([]*rule, 0, len(p.calls))
+	bind := func(nr uint32, r *rule) {
+		keys = append(keys, uint64(nr)<<32|uint64(len(rules)))
+		rules = append(rules, r)
 	}
-	bounds := make([]bound, 0, len(p.calls))
 	for i := range p.calls {
 		c := &p.calls[i]
 		for j := range c.rules {
 			r := &c.rules[j]
 			if nr := c.row.nr[a]; nr >= 0 {
-				bounds = append(bounds, bound{uint32(nr), r})
+				bind(uint32(nr), r)
 			}
 			if a != abiX86 || len(r.conds) > 0 && permissive(r.ret) {
 				continue
 			}
 			if nr, sub := multiplexed(c.row.name); nr != 0 {
-				bounds = append(bounds, bound{nr, &rule{r.ret, []condition{{op: specs.OpEqualTo, value: sub}}}})
+				bind(nr, &rule{r.ret, []condition{{op: specs.OpEqualTo, value: sub}}})
 			}
 		}
 	}
-	slices.SortStableFunc(bounds, func(x, y bound) int { return cmp.Compare(x.nr, y.nr) })
+	slices.Sort(keys)
 
 	base := a.base()
 	out := make([]segment, 0, 64)
@@ -324,15 +326,15 @@ func (p *profile) segments(a abi) []segment {
 		out = append(out, s)
 	}
 	next := uint32(0) // the first number that no segment covers
-	for i := 0; i < len(bounds); {
-		nr := bounds[i].nr
-		if nr > next || len(out) == 0 && nr > 0 {
+	for i := 0; i < len(keys); {
+		nr := uint32(keys[i] >> 32)
+		if nr > next {
 			add(segment{first: base + next, ret: p.def})
 		}
 		s := segment{first: base + nr, ret: p.def}
 		conditional := true
-		for ; i < len(bounds) && bounds[i].nr == nr; i++ {
-			switch r := bounds[i].rule; {
+		for ; i < len(keys) && uint32(keys[i]>>32) == nr; i++ {
+			switch r := rules[uint32(keys[i])]; {
 			case !conditional:
 			case len(r.conds) == 0:
 				s.ret, s.rules, conditional = r.ret, nil, false
