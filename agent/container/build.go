@@ -67,14 +67,9 @@ type builder struct {
 	procfs  *os.File // made by init
 	// procMounted says that procfs is in its place.
 	procMounted bool
-	// devpts is the file system that the terminal comes from, for the mount
-	// with this index.
-	devpts      *os.File
-	devptsIndex int
-
-	open  closers
-	later []func() error // what makes mounts read-only at the end
-	plain []*os.File     // mounts that have no propagation of their own
+	open        closers
+	later       []func() error // what makes mounts read-only at the end
+	plain       []*os.File     // mounts that have no propagation of their own
 }
 
 // localBuild is a container built on a thread of this process.
@@ -152,9 +147,6 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 	}
 	p := &preparation{process: req.GetProcess(), stdio: b.in.stdio, seccomp: req.GetSeccomp(), proc: b.in.proc, unlimited: b.in.sibling}
 	defer p.close()
-	if err := b.terminal(p); err != nil {
-		return err
-	}
 	if err := b.firstProcess(p); err != nil {
 		return err
 	}
@@ -191,7 +183,12 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 			return fmt.Errorf("masked_paths: %q: %w", p, err)
 		}
 	}
-	if p.slave != nil {
+	if req.GetProcess().GetTerminal() {
+		// Its node is mounted over /dev/console, so it is allocated before the
+		// root becomes read-only.
+		if err := p.openTerminal(); err != nil {
+			return err
+		}
 		if err := b.bindConsole(p.slave); err != nil {
 			return fmt.Errorf("mount terminal at \"/dev/console\": %w", err)
 		}
@@ -233,12 +230,8 @@ func (b *builder) finish(p *preparation) error {
 	if b.l.child != nil {
 		return processError(b.l.child.Exec(program), p.process)
 	}
-	spec, err := p.spec()
-	if err != nil {
-		return err
-	}
+	spec := p.spec(program)
 	b.adapt(spec)
-	spec.Path, spec.Args, spec.Env, spec.Dir = program.Path, program.Args, program.Env, program.Dir
 	b.l.child, err = spawn.Start(spec)
 	return processError(err, p.process)
 }
@@ -265,10 +258,7 @@ func (b *builder) firstProcess(p *preparation) error {
 		if isBind(m) || m.GetType() != "proc" {
 			continue
 		}
-		spec, err := p.spec()
-		if err != nil {
-			return err
-		}
+		spec := p.spec(nil)
 		b.adapt(spec)
 		spec.Hold = true
 		spec.ProcFS = &spawn.ProcFS{Flags: m.GetFlags(), Data: m.GetData()}
@@ -300,28 +290,6 @@ func (b *builder) procError(i int, m *agentv1.Mount, errno unix.Errno) error {
 		_ = fs.Close()
 	}
 	return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, m.GetType(), m.GetDestination(), err)
-}
-
-// terminal allocates the process's terminal. Init is born with it, which may be
-// before the mounts are made, so the file system that it comes from is made here
-// and mounted in its turn.
-func (b *builder) terminal(p *preparation) error {
-	if !p.process.GetTerminal() {
-		return nil
-	}
-	for i, m := range b.in.req.GetMounts() {
-		if isBind(m) || m.GetType() != "devpts" || path.Clean(m.GetDestination()) != "/dev/pts" {
-			continue
-		}
-		fs, err := newFS(m.GetType(), sourceOf(m), m.GetFlags(), m.GetData())
-		if err != nil {
-			return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, mountName(m), m.GetDestination(), err)
-		}
-		b.open.add(fs)
-		b.devpts, b.devptsIndex = fs, i
-		return p.openTerminal(fs)
-	}
-	return errors.New("process.terminal: mounts have no devpts at \"/dev/pts\" to take it from")
 }
 
 // namespaces gives the thread those of the container.
@@ -480,7 +448,7 @@ func (b *builder) mount(i int, m *agentv1.Mount) error {
 			return err
 		}
 	}
-	fs, err := b.newMount(i, m, flags, data)
+	fs, err := b.newMount(m, flags, data)
 	if err != nil && errors.Is(err, unix.EPERM) && b.borrows(m.GetType()) {
 		fs, err = openTreeAt(unix.AT_FDCWD, map[string]string{"proc": "/proc", "sysfs": "/sys"}[m.GetType()], true)
 	}
@@ -514,18 +482,14 @@ func sourceOf(m *agentv1.Mount) string {
 }
 
 // newMount makes the file system of a mount, or takes what is made already.
-func (b *builder) newMount(i int, m *agentv1.Mount, flags, data []string) (*os.File, error) {
-	switch {
-	case b.devpts != nil && i == b.devptsIndex:
-		return b.devpts, nil
-	case m.GetType() == "proc" && b.procfs != nil:
-		fs := b.procfs
+func (b *builder) newMount(m *agentv1.Mount, flags, data []string) (*os.File, error) {
+	if m.GetType() == "proc" && b.procfs != nil {
 		if b.procMounted {
 			// Another one of the same pid namespace shows the same.
-			return openTree(fs, false)
+			return openTree(b.procfs, false)
 		}
 		b.procMounted = true
-		return fs, nil
+		return b.procfs, nil
 	}
 	return newFS(m.GetType(), sourceOf(m), flags, data)
 }

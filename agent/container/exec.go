@@ -82,18 +82,16 @@ func (x *execution) run() error {
 	}
 	defer func() { _ = root.Close() }()
 	x.prep.root = rootDir{root}
+	if x.prep.process.GetTerminal() {
+		if err := x.prep.openTerminal(); err != nil {
+			return err
+		}
+	}
 	program, err := x.prep.program()
 	if err != nil {
 		return err
 	}
-	if err := x.terminal(); err != nil {
-		return err
-	}
-	spec, err := x.prep.spec()
-	if err != nil {
-		return err
-	}
-	spec.Path, spec.Args, spec.Env, spec.Dir = program.Path, program.Args, program.Env, program.Dir
+	spec := x.prep.spec(program)
 	// What only a process with one thread can join.
 	if user := x.ns[agentv1.Namespace_TYPE_USER]; user != nil {
 		spec.Setns = append(spec.Setns, user)
@@ -115,19 +113,6 @@ func (x *execution) run() error {
 	}
 	x.process = &Process{Pid: child.Pid, Child: child, Console: x.prep.takeConsole()}
 	return nil
-}
-
-// terminal allocates one in the container's own devpts.
-func (x *execution) terminal() error {
-	if !x.prep.process.GetTerminal() {
-		return nil
-	}
-	dir, err := x.prep.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return fmt.Errorf("process.terminal: open /dev/pts: %w", err)
-	}
-	defer func() { _ = dir.Close() }()
-	return x.prep.openTerminal(dir)
 }
 
 // start makes the process in the container's cgroup, or in the one that init

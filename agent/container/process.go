@@ -92,12 +92,15 @@ func (p *preparation) program() (*spawn.Program, error) {
 	if prog.Env, err = p.environment(); err != nil {
 		return nil, err
 	}
-	prog.Path, err = lookPath(p.root, prog.Dir, prog.Args[0], getenv(prog.Env, "PATH"))
+	if prog.Path, err = lookPath(p.root, prog.Dir, prog.Args[0], getenv(prog.Env, "PATH")); err != nil {
+		return nil, err
+	}
+	prog.Files, err = p.files()
 	return prog, err
 }
 
-// spec is the process without its program.
-func (p *preparation) spec() (*spawn.Spec, error) {
+// spec is the process with its program; nil: that comes later.
+func (p *preparation) spec(prog *spawn.Program) *spawn.Spec {
 	s := &spawn.Spec{
 		Setsid:     true,
 		NoNewPrivs: p.process.GetNoNewPrivileges(),
@@ -113,8 +116,9 @@ func (p *preparation) spec() (*spawn.Spec, error) {
 		umask = u.GetUmask()
 	}
 	s.Umask = &umask
-	if err := p.files(s); err != nil {
-		return nil, err
+	s.Ctty = p.process.GetTerminal()
+	if prog != nil {
+		s.Path, s.Args, s.Env, s.Dir, s.Files = prog.Path, prog.Args, prog.Env, prog.Dir, prog.Files
 	}
 	if !p.unlimited {
 		setLimits(s, p.process)
@@ -128,7 +132,7 @@ func (p *preparation) spec() (*spawn.Spec, error) {
 	if p.seccomp != nil && !p.process.GetNoSeccomp() {
 		s.Seccomp = &spawn.Seccomp{Filter: p.seccomp.GetFilter(), Flags: p.seccomp.GetFlags()}
 	}
-	return s, nil
+	return s
 }
 
 // checkDir says whether the working directory can be entered. The child enters
@@ -200,35 +204,29 @@ func getenv(env []string, key string) string {
 	return ""
 }
 
-// files sets the standard streams up.
-func (p *preparation) files(s *spawn.Spec) error {
+// files are the standard streams.
+func (p *preparation) files() ([3]*os.File, error) {
 	if p.process.GetTerminal() {
-		s.Files = [3]*os.File{p.slave, p.slave, p.slave}
-		s.Ctty = true
-		return nil
+		return [3]*os.File{p.slave, p.slave, p.slave}, nil
 	}
-	s.Files = [3]*os.File{p.stdio.In, p.stdio.Out, p.stdio.Err}
-	for i, f := range s.Files {
+	files := [3]*os.File{p.stdio.In, p.stdio.Out, p.stdio.Err}
+	for i, f := range files {
 		if f != nil {
 			continue
 		}
 		if p.null == nil {
 			var err error
 			if p.null, err = p.openNull(); err != nil {
-				return err
+				return files, err
 			}
 		}
-		s.Files[i] = p.null
+		files[i] = p.null
 	}
-	return nil
+	return files, nil
 }
 
-// openNull opens the null device: the container's, or the guest's for an init
-// that is made before the container's exists.
+// openNull opens the container's null device.
 func (p *preparation) openNull() (*os.File, error) {
-	if p.root.dir == nil {
-		return os.OpenFile("/dev/null", os.O_RDWR, 0)
-	}
 	null, err := p.root.open("/dev/null", unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/null of the container: %w", err)
@@ -240,14 +238,18 @@ func (p *preparation) openNull() (*os.File, error) {
 	return null, nil
 }
 
-// openTerminal allocates a pseudo-terminal in a devpts file system, whose root
-// dir is.
-func (p *preparation) openTerminal(dir *os.File) (err error) {
+// openTerminal allocates a pseudo-terminal in the container's own devpts.
+func (p *preparation) openTerminal() (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("process.terminal: %w", err)
 		}
 	}()
+	dir, err := p.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return fmt.Errorf("open /dev/pts: %w", err)
+	}
+	defer func() { _ = dir.Close() }()
 	// Only devpts itself is asked for a terminal. Its names are the kernel's.
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
