@@ -76,6 +76,9 @@ func (s *Stream) Read(p []byte) (int, error) {
 	n, err := s.Stream.Read(p)
 	if errors.Is(err, io.EOF) {
 		// yamux also calls it the end of a stream when the session has ended.
+		if s.c.session.IsClosed() {
+			<-s.c.done
+		}
 		if cause := s.c.Err(); cause != nil {
 			return n, cause
 		}
@@ -97,8 +100,13 @@ func (s *Stream) Write(p []byte) (int, error) {
 }
 
 func (c *Client) streamError(err error) error {
-	if errors.Is(err, yamux.ErrSessionShutdown) {
+	switch {
+	case errors.Is(err, yamux.ErrTimeout), errors.Is(err, yamux.ErrStreamClosed),
+		errors.Is(err, yamux.ErrConnectionReset), errors.Is(err, yamux.ErrStreamsExhausted):
+	case errors.Is(err, yamux.ErrSessionShutdown):
 		<-c.done
+	default: // of the connection: the session is about to end
+		c.kill(err)
 	}
 	if cause := c.Err(); cause != nil {
 		return cause

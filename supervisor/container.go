@@ -534,11 +534,12 @@ func (s *Supervisor) exec(ctx context.Context, c *container, req *supervisorv1.E
 	p := s.newProcess(key, req.Process, req.Stdio, standIn, pidfd)
 	// Not the caller's context: a process that nobody has heard of any more could
 	// not be taken back.
-	limited, cancel := context.WithTimeout(s.ops, callTimeout)
-	if st == paused {
-		limited, cancel = context.WithCancel(s.ops) // it waits until the container is resumed
+	limited := s.ops
+	if st != paused { // there it waits until the container is resumed
+		var cancel context.CancelFunc
+		limited, cancel = context.WithTimeout(limited, callTimeout)
+		defer cancel()
 	}
-	defer cancel()
 	resp, err := s.client().Exec(limited, &agentv1.ExecRequest{ContainerId: c.id, ExecId: req.ExecId, Process: req.Process, Stdio: req.Stdio})
 	if err != nil {
 		p.release()

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"strconv"
 
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,6 +19,8 @@ import (
 // then that program's.
 func PrepareProcess() (hostMounts *os.File, err error) {
 	unix.Umask(0o077)
+	// ttrpc reports to a global logger what its callers are told anyway.
+	_ = log.SetLevel(log.PanicLevel.String())
 	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
 		return nil, fmt.Errorf("keep mounts from the host: %w", err)
 	}

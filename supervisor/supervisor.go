@@ -156,15 +156,14 @@ func (s *Supervisor) Serve(ctx context.Context, api, io net.Listener, lifeline *
 		return fmt.Errorf("serve pod %s: %w", s.o.SandboxID, err)
 	}
 	supervisorv1.RegisterSupervisorService(srv, &service{s})
-	apiConns, ioConns := newTracked(api), newTracked(io)
+	apiConns, ioConns := newTracked(api, true), newTracked(io, false)
 	serveCtx, stopServe := context.WithCancel(context.Background())
 	defer stopServe()
 
 	var servers sync.WaitGroup
 	servers.Go(func() {
-		if err := srv.Serve(serveCtx, apiConns); !errors.Is(err, ttrpc.ErrServerClosed) {
-			s.end(&ending{reason: "the supervisor's socket broke: " + err.Error(), flush: true})
-		}
+		err := srv.Serve(serveCtx, apiConns)
+		s.end(&ending{reason: "the supervisor's socket broke: " + err.Error(), flush: true})
 	})
 	servers.Go(func() { s.serveStdio(ioConns) })
 	stopWatch := s.watchLifeline(lifeline)
@@ -180,13 +179,10 @@ func (s *Supervisor) Serve(ctx context.Context, api, io net.Listener, lifeline *
 	s.finish()
 
 	stopWatch()
-	// Connections without a call under way are closed at once, the others when
-	// they have been answered.
-	_ = srv.Close()
-	apiConns.wait(endGrace)
+	apiConns.drain(endGrace)
 	stopServe()
-	_ = io.Close()
-	ioConns.wait(0)
+	_ = srv.Close()
+	ioConns.drain(0)
 	servers.Wait()
 	s.wg.Wait()
 	glog.V(1).Infof("pod %s: ended", s.o.SandboxID)

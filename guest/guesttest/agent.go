@@ -377,6 +377,13 @@ func (s *service) run(k key, p *process) {
 			_ = in.Close()
 		}
 	case "spam":
+		if out != nil {
+			// The host closes its side when nobody reads any more.
+			go func() {
+				_, _ = io.Copy(io.Discard, out)
+				_ = out.Close()
+			}()
+		}
 		n, _ := strconv.Atoi(args[1])
 		chunk := make([]byte, 32<<10)
 		for n > 0 {
