@@ -1,0 +1,50 @@
+package qemu
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/hyperhq/runv/hypervisor/hvtest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// TestConformance runs the suite against real VMs.
+func TestConformance(t *testing.T) {
+	for _, confine := range []bool{false, true} {
+		name := "plain"
+		if confine {
+			name = "confined"
+		}
+		t.Run(name, func(t *testing.T) {
+			c := hvtest.Guest(t)
+			d, err := New(Options{})
+			if errors.Is(err, ErrNotFound) {
+				t.Skip(err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Confine = confine
+			hvtest.Run(t, d, c)
+		})
+	}
+}
+
+func TestNewNotFound(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "no-qemu")
+	_, err := New(Options{Path: path})
+	if !errors.Is(err, ErrNotFound) || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("New without a QEMU: %v", err)
+	}
+	for _, want := range []string{path, Package()} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error does not name %s: %v", want, err)
+		}
+	}
+}
