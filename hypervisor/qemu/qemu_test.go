@@ -12,7 +12,10 @@ import (
 	"github.com/hyperhq/runv/hypervisor/hvtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// glog starts a goroutine of its own for the life of the program.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/golang/glog.(*fileSink).flushDaemon"))
+}
 
 // TestConformance runs the suite against real VMs.
 func TestConformance(t *testing.T) {
