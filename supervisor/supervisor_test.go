@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -544,16 +545,15 @@ func TestCreatorThatStillHoldsTheLock(t *testing.T) {
 }
 
 func TestFailedCreateCanBeRepeated(t *testing.T) {
-	n := 0
-	p := newPod(t, nil)
-	p.agent.Before = func(_ context.Context, m string) error {
-		if m == "CreateContainer" {
-			if n++; n == 1 {
+	var n atomic.Int32
+	p := newPod(t, func(p *pod) {
+		p.agent.Before = func(_ context.Context, m string) error {
+			if m == "CreateContainer" && n.Add(1) == 1 {
 				return errors.New("not yet")
 			}
+			return nil
 		}
-		return nil
-	}
+	})
 	api, _ := p.dial()
 	req := p.request("pod", nil, "sleep")
 	if _, err := api.Create(t.Context(), req); err == nil {
@@ -568,9 +568,16 @@ func TestFailedCreateCanBeRepeated(t *testing.T) {
 }
 
 func TestFailedCreateOfASecondContainer(t *testing.T) {
-	p := newPod(t, nil)
+	var n atomic.Int32
+	p := newPod(t, func(p *pod) {
+		p.agent.Before = func(_ context.Context, m string) error {
+			if m == "CreateContainer" && n.Add(1) == 2 {
+				return errors.New("no")
+			}
+			return nil
+		}
+	})
 	first := p.create("pod", nil, "sleep")
-	p.agent.Before = failCreate
 	if err := p.store.Reserve("web"); err != nil {
 		t.Fatal(err)
 	}
@@ -585,13 +592,6 @@ func TestFailedCreateOfASecondContainer(t *testing.T) {
 	p.start("pod")
 	first.kill()
 	p.waitEnd()
-}
-
-func failCreate(_ context.Context, m string) error {
-	if m == "CreateContainer" {
-		return errors.New("no")
-	}
-	return nil
 }
 
 func TestPoststartHookThatFails(t *testing.T) {
