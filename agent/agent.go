@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"runtime/debug"
 	"sync"
 	"syscall"
 
@@ -14,7 +15,7 @@ import (
 
 // maxEnded bounds the processes of a container that have ended, whose end was
 // asked for, and that are still remembered.
-const maxEnded = 256
+const maxEnded = 64
 
 // Errors of requests, in the words that clients of runc match on.
 var (
@@ -241,12 +242,21 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 	return uint32(made.Pid), nil
 }
 
-func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateContainerRequest, stdio Stdio) (*Process, error) {
-	var err error
+func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateContainerRequest, stdio Stdio) (made *Process, err error) {
+	defer a.survive(&err)
 	if c.engine, err = a.engine.New(req); err != nil {
 		return nil, err
 	}
 	return c.engine.Create(ctx, stdio)
+}
+
+// survive turns a panic of the engine into an error, so that what the caller
+// has begun is undone.
+func (a *Agent) survive(err *error) {
+	if r := recover(); r != nil {
+		a.log.Printf("panic: %v\n%s", r, debug.Stack())
+		*err = fmt.Errorf("the guest agent failed: %v", r)
+	}
 }
 
 // exited returns what is to be done when p has ended.
@@ -340,7 +350,7 @@ func (a *Agent) exec(ctx context.Context, req *agentv1.ExecRequest) (uint32, err
 		return 0, err
 	}
 	defer c.making.Done()
-	made, err := c.engine.Exec(ctx, req.Process, stdio)
+	made, err := a.execute(ctx, c, req.Process, stdio)
 	stdio.close()
 	if err == nil {
 		c.mu.Lock()
@@ -362,6 +372,11 @@ func (a *Agent) exec(ctx context.Context, req *agentv1.ExecRequest) (uint32, err
 		return 0, err
 	}
 	return uint32(made.Pid), nil
+}
+
+func (a *Agent) execute(ctx context.Context, c *container, p *agentv1.Process, stdio Stdio) (made *Process, err error) {
+	defer a.survive(&err)
+	return c.engine.Exec(ctx, p, stdio)
 }
 
 // wait blocks until a process has ended and its output is moved.
