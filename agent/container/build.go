@@ -242,8 +242,10 @@ func (b *builder) adapt(spec *spawn.Spec) {
 	spec.CgroupFD = b.in.cgroup
 	spec.Wait = true
 	spec.Sibling = b.in.sibling
-	if ns := b.in.joins[agentv1.Namespace_TYPE_TIME]; ns != nil {
-		spec.Setns = append(spec.Setns, ns)
+	for _, typ := range childJoins {
+		if ns := b.in.joins[typ]; ns != nil {
+			spec.Setns = append(spec.Setns, ns)
+		}
 	}
 }
 

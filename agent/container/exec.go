@@ -92,13 +92,15 @@ func (x *execution) run() error {
 		return err
 	}
 	spec := x.prep.spec(program)
-	// What only a process with one thread can join.
+	// What a thread of many cannot join, or must not.
 	if user := x.ns[agentv1.Namespace_TYPE_USER]; user != nil {
 		spec.Setns = append(spec.Setns, user)
 		spec.JoinsUser = true
 	}
-	if tm := x.ns[agentv1.Namespace_TYPE_TIME]; tm != nil {
-		spec.Setns = append(spec.Setns, tm)
+	for _, typ := range childJoins {
+		if ns := x.ns[typ]; ns != nil {
+			spec.Setns = append(spec.Setns, ns)
+		}
 	}
 	child, err := x.start(spec)
 	if err == nil {

@@ -30,14 +30,18 @@ var nsByType = map[agentv1.Namespace_Type]nsKind{
 
 // threadJoins are the namespaces that one thread of many can join, in the order
 // in which it must: the mount namespace last, since it takes the paths away.
+// A cgroup namespace is joined by the child instead: from within, a cgroup could
+// not be entered that is outside of it for who clones.
 var threadJoins = []agentv1.Namespace_Type{
 	agentv1.Namespace_TYPE_NETWORK,
 	agentv1.Namespace_TYPE_IPC,
 	agentv1.Namespace_TYPE_UTS,
-	agentv1.Namespace_TYPE_CGROUP,
 	agentv1.Namespace_TYPE_PID,
 	agentv1.Namespace_TYPE_MOUNT,
 }
+
+// childJoins are those that the child joins, after its user namespace.
+var childJoins = []agentv1.Namespace_Type{agentv1.Namespace_TYPE_CGROUP, agentv1.Namespace_TYPE_TIME}
 
 // thread runs functions on one operating system thread that nothing else uses.
 // It ends with close, and its namespaces, root and credentials with it.
