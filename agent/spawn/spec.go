@@ -106,6 +106,8 @@ type Program struct {
 
 // ProcFS has the options of a proc file system.
 type ProcFS struct {
+	// Source is what lists of mounts show; empty: "proc".
+	Source string
 	// Flags are flags of fsconfig(2), such as "ro".
 	Flags []string
 	// Data are options "key=value" or "key".

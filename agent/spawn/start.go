@@ -269,6 +269,13 @@ func (f *ProcFS) options() ([]fsOption, error) {
 		opts = append(opts, o)
 		return nil
 	}
+	key, source := "source", f.Source
+	if source == "" {
+		source = "proc"
+	}
+	if err := add(unix.FSCONFIG_SET_STRING, &key, &source); err != nil {
+		return nil, err
+	}
 	for _, k := range f.Flags {
 		if err := add(unix.FSCONFIG_SET_FLAG, &k, nil); err != nil {
 			return nil, err
