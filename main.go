@@ -145,11 +145,10 @@ func (a *app) command() *cli.Command {
 			a.startCommand(), a.stateCommand(), a.featuresCommand(), a.checkCommand(), a.manageCommand(),
 			a.manCommand(),
 		},
-		EnableShellCompletion:     true,
-		DisableSliceFlagSeparator: true,
-		HideHelpCommand:           true,
-		UseShortOptionHandling:    true,
-		Before:                    a.before,
+		EnableShellCompletion:  true,
+		HideHelpCommand:        true,
+		UseShortOptionHandling: true,
+		Before:                 a.before,
 		// Errors are printed in one place, runMain.
 		ExitErrHandler: func(context.Context, *cli.Command, error) {},
 		Action: func(_ context.Context, cmd *cli.Command) error {
@@ -160,6 +159,8 @@ func (a *app) command() *cli.Command {
 		},
 	}
 	forEach(root, func(c *cli.Command) {
+		// A comma belongs to the value.
+		c.DisableSliceFlagSeparator = true
 		// A usage error is an error like any other: one line.
 		c.OnUsageError = func(_ context.Context, cmd *cli.Command, err error, _ bool) error {
 			return fmt.Errorf("%s: %w", cmd.FullName(), err)

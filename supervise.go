@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+
+	"github.com/golang/glog"
+	"golang.org/x/sys/unix"
+
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/client"
+	"github.com/hyperhq/runv/driverloader"
+	"github.com/hyperhq/runv/factory"
+	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/supervisor"
+	"github.com/hyperhq/runv/version"
+)
+
+// superviseMain is the supervisor of one pod, as package client starts it: args
+// are the store's root, the sandbox id, and "debug" or "normal". What it prints
+// is the pod's supervisor.log. It does not return.
+func superviseMain(args []string) {
+	if len(args) != 3 {
+		_, _ = fmt.Fprintln(os.Stderr, "runv supervise is started by runv itself")
+		os.Exit(1)
+	}
+	setupGlog(args[2] == "debug")
+	err := supervise(args[0], args[1])
+	if err != nil {
+		// One line, and the last: whoever waits for an answer quotes it.
+		_, _ = fmt.Fprintln(os.Stderr, oneLine(err.Error()))
+		glog.Flush()
+		os.Exit(1)
+	}
+	glog.Flush()
+	os.Exit(0)
+}
+
+func supervise(root, sandboxID string) error {
+	// Little is alive at a time, and the process lives as long as the pod.
+	debug.SetGCPercent(50)
+	// A terminal that is closed somewhere is no reason to end.
+	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer stop()
+	api, err := inherited(client.APIListenerFD, "api")
+	if err != nil {
+		return err
+	}
+	stdio, err := inherited(client.IOListenerFD, "io")
+	if err != nil {
+		return err
+	}
+	unix.CloseOnExec(client.LifelineFD)
+	lifeline := os.NewFile(client.LifelineFD, "lifeline")
+	hostMounts, err := supervisor.PrepareProcess()
+	if err != nil {
+		return err
+	}
+	s := supervisor.New(supervisor.Options{
+		Store:      state.Open(root),
+		SandboxID:  sandboxID,
+		Version:    version.String(),
+		HostMounts: hostMounts,
+		Factory:    newFactory,
+	})
+	return s.Serve(ctx, api, stdio, lifeline)
+}
+
+// newFactory finds the driver that a request asks for.
+func newFactory(ctx context.Context, vm *supervisorv1.VM) (factory.Factory, string, error) {
+	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath})
+	if err != nil {
+		return nil, "", err
+	}
+	return factory.Direct(d), d.Name(), nil
+}
+
+// inherited is a listening socket that the caller has made.
+func inherited(fd uintptr, name string) (net.Listener, error) {
+	f := os.NewFile(fd, name)
+	l, err := net.FileListener(f)
+	_ = f.Close()
+	if err != nil {
+		return nil, fmt.Errorf("inherited %s socket: %w", name, err)
+	}
+	return l, nil
+}
