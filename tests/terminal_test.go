@@ -120,10 +120,12 @@ exit 18`)
 	if err := pty.Setsize(w.master, &pty.Winsize{Rows: 40, Cols: 120}); err != nil {
 		t.Fatal(err)
 	}
-	// The shell runs its trap when the read returns.
-	time.Sleep(300 * time.Millisecond)
-	w.typeIn("x\r")
-	w.expect("40 120\r\n")
+	// The shell runs its trap when its read returns, which may be for a line.
+	waitFor(t, "the program to see the new size", func() bool {
+		w.typeIn("x\r")
+		time.Sleep(200 * time.Millisecond)
+		return strings.Contains(w.seen(), "40 120\r\n")
+	})
 	w.typeIn("\x03")
 	w.expect("^C")
 	w.typeIn("y\r")
@@ -226,7 +228,7 @@ func TestConsoleSocket(t *testing.T) {
 	w.typeIn("abc\r")
 	w.expect("[abc]\r\n")
 
-	r.ok("exec", "-t", "-d", "--console-socket", path, id, "sh", "-c", "tty; read z; echo \"<$z>\"; read z")
+	r.ok("exec", "-t", "-d", "--console-socket", path, id, "sh", "-c", "tty; while read z; do echo \"<$z>\"; stty size; done")
 	e := watch(t, accept())
 	e.expect("/dev/pts/1\r\n")
 	if err := pty.Setsize(e.master, &pty.Winsize{Rows: 50, Cols: 132}); err != nil {
@@ -234,6 +236,11 @@ func TestConsoleSocket(t *testing.T) {
 	}
 	e.typeIn("def\r")
 	e.expect("<def>\r\n")
+	waitFor(t, "the new size", func() bool {
+		e.typeIn("again\r")
+		time.Sleep(100 * time.Millisecond)
+		return strings.Contains(e.seen(), "50 132\r\n")
+	})
 
 	w.typeIn("\r")
 	r.waitStatus(id, "stopped")
