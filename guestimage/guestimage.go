@@ -97,6 +97,8 @@ type Manifest struct {
 	// KernelSource says where the kernel came from: a path, or the package and
 	// its version.
 	KernelSource string `json:"kernelSource"`
+	// KernelInput identifies what the kernel file was made from, and how.
+	KernelInput string `json:"kernelInput"`
 	// BootModules are loaded by the agent when it starts, in this order;
 	// LaterModules are there for when they are needed.
 	BootModules  []string `json:"bootModules"`
@@ -133,7 +135,7 @@ func Build(ctx context.Context, o Options) (Manifest, error) {
 	if err != nil {
 		return Manifest{}, err
 	}
-	k, err := readKernel(src.kernel, o.KeepKernel)
+	k, err := o.kernelImage(src.kernel)
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -143,6 +145,7 @@ func Build(ctx context.Context, o Options) (Manifest, error) {
 		KernelVersion: k.version,
 		KernelFormat:  k.format,
 		KernelSource:  src.from,
+		KernelInput:   k.input,
 		BootModules:   []string{},
 		LaterModules:  []string{},
 		AgentVersion:  agentVersion,
@@ -165,6 +168,29 @@ func Build(ctx context.Context, o Options) (Manifest, error) {
 		return Manifest{}, fmt.Errorf("build guest image: %w", err)
 	}
 	return install(&o, m, k.data, initrd)
+}
+
+// kernelImage reads the kernel at path. To take it out of a bzImage costs
+// seconds, so the kernel in the output directory is used again if it was made
+// from the same file in the same way.
+func (o *Options) kernelImage(path string) (kernelImage, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return kernelImage{}, fmt.Errorf("read kernel: %w", err)
+	}
+	input := fmt.Sprintf("sha256:%s recipe:%d keep:%v", sum(data), kernelRecipe, o.KeepKernel)
+	if old, err := Load(o.Output); err == nil && old.KernelInput == input {
+		b, err := os.ReadFile(filepath.Join(o.Output, KernelFile))
+		if err == nil && sum(b) == old.KernelSHA256 {
+			return kernelImage{data: b, version: old.KernelVersion, format: old.KernelFormat, input: input}, nil
+		}
+	}
+	k, err := parseKernel(data, o.KeepKernel)
+	if err != nil {
+		return kernelImage{}, fmt.Errorf("read kernel %s: %w", path, err)
+	}
+	k.input = input
+	return k, nil
 }
 
 // Load reads the manifest in dir. It does not read kernel and initrd; Verify

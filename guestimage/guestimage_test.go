@@ -144,22 +144,25 @@ func stats(t *testing.T, dir string) string {
 
 func TestBuildRepairs(t *testing.T) {
 	o, _ := options(t)
-	if _, err := Build(t.Context(), o); err != nil {
-		t.Fatal(err)
-	}
-	writeFile(t, filepath.Join(o.Output, InitrdFile), []byte("torn"))
-	if _, err := Verify(o.Output); err == nil || !strings.Contains(err.Error(), InitrdFile) {
-		t.Fatalf("verify a torn image: %v", err)
-	}
-	m, err := Build(t.Context(), o)
+	first, err := Build(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.Unchanged {
-		t.Error("a torn image was taken for a good one")
-	}
-	if _, err := Verify(o.Output); err != nil {
-		t.Error(err)
+	for _, name := range []string{KernelFile, InitrdFile, ManifestFile} {
+		writeFile(t, filepath.Join(o.Output, name), []byte("torn"))
+		if _, err := Verify(o.Output); err == nil || !strings.Contains(err.Error(), name) {
+			t.Fatalf("verify an image with a torn %s: %v", name, err)
+		}
+		m, err := Build(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Unchanged {
+			t.Errorf("an image with a torn %s was taken for a good one", name)
+		}
+		if got, err := Verify(o.Output); err != nil || got.KernelSHA256 != first.KernelSHA256 || got.InitrdSHA256 != first.InitrdSHA256 {
+			t.Errorf("after the repair of %s: %+v, %v", name, got, err)
+		}
 	}
 }
 

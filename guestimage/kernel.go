@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
@@ -28,22 +27,15 @@ type kernelImage struct {
 	data    []byte
 	version string // as uname -r has it
 	format  string // of data: "elf", "bzimage" or "image"
+	input   string // what data was made from
 }
 
-// readKernel reads a kernel file. Unless keep is set, a bzImage becomes the ELF
-// file inside it, provided that this one can be booted by its PVH entry.
-func readKernel(path string, keep bool) (kernelImage, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return kernelImage{}, fmt.Errorf("read kernel: %w", err)
-	}
-	k, err := parseKernel(data, keep)
-	if err != nil {
-		return kernelImage{}, fmt.Errorf("read kernel %s: %w", path, err)
-	}
-	return k, nil
-}
+// kernelRecipe changes whenever parseKernel makes other bytes of the same file.
+const kernelRecipe = 1
 
+// parseKernel recognizes a kernel. Unless keep is set, a bzImage becomes the ELF
+// file inside it, provided that this one can be booted by its PVH entry, and an
+// ELF file is trimmed.
 func parseKernel(data []byte, keep bool) (kernelImage, error) {
 	switch {
 	case bytes.HasPrefix(data, []byte(elf.ELFMAG)):

@@ -25,9 +25,13 @@ func findKernel(ctx context.Context, o *Options) (kernelSource, error) {
 	if o.Kernel != "" {
 		s := kernelSource{kernel: o.Kernel, modules: o.Modules, from: o.Kernel}
 		if s.modules == "" {
-			k, err := readKernel(o.Kernel, true)
+			data, err := os.ReadFile(o.Kernel)
 			if err != nil {
-				return kernelSource{}, err
+				return kernelSource{}, fmt.Errorf("read kernel: %w", err)
+			}
+			k, err := parseKernel(data, true)
+			if err != nil {
+				return kernelSource{}, fmt.Errorf("read kernel %s: %w", o.Kernel, err)
 			}
 			s.modules = modulesDirOf(o.root, k.version)
 			if _, err := os.Stat(s.modules); err != nil {
