@@ -212,15 +212,25 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		u.add(sh.close)
 	}
 
-	// The guest boots while the host's side is prepared.
-	var m *machine
 	hooked := false
 	u.add(func() {
 		if hooked {
 			s.poststop(c)
 		}
 	})
-	u.add(func() { c.unshare() })
+	// Before the hypervisor starts: while it makes a mount namespace of its own,
+	// new mounts may not find their way into it.
+	c.unshare, err = sh.add(ctx, req.Mounts)
+	u.add(c.unshare)
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+
+	// The guest boots while the hooks run.
+	var m *machine
 	u.add(func() {
 		if first && m != nil {
 			m.close()
@@ -233,13 +243,6 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 			return err
 		})
 	}
-	g.Go(func() (err error) {
-		c.unshare, err = sh.add(gctx, req.Mounts)
-		if err != nil {
-			return status.Error(codes.InvalidArgument, err.Error())
-		}
-		return nil
-	})
 	if h := req.Hooks; len(h.GetPrestart())+len(h.GetCreateRuntime()) > 0 {
 		hooked = true
 		g.Go(func() error {
