@@ -12,7 +12,7 @@ import (
 // the environment names in RUNV_TEST_KERNEL and RUNV_TEST_INITRD, else the ones
 // that the repository's build left in .cache/guest. Without them the test is
 // skipped, saying so.
-func Guest(t *testing.T) hypervisor.Config {
+func Guest(t testing.TB) hypervisor.Config {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("-short: no virtual machines")
@@ -31,7 +31,7 @@ func Guest(t *testing.T) hypervisor.Config {
 }
 
 // repository is the directory with go.mod above the test's.
-func repository(t *testing.T) string {
+func repository(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()
 	if err != nil {

@@ -286,12 +286,16 @@ func (d *Driver) spawn(c hypervisor.Config, args []string, files []*os.File) (*p
 	argv := append([]string{d.path}, args...)
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	if !c.Confine {
-		return spawn(d.path, argv, env, files, nil)
+		return spawn(d.path, argv, env, files, nil, nil)
 	}
 	j := newJail(d.path, d.accel, c)
 	namespace, capabilities := true, true
 	for {
-		p, err := spawn(d.path, argv, env, files, func() error { return j.enter(namespace, capabilities) })
+		var child func(int) error
+		if namespace {
+			child = j.enterChild
+		}
+		p, err := spawn(d.path, argv, env, files, func() error { return j.enter(namespace, capabilities) }, child)
 		switch {
 		case namespace && errors.Is(err, errNamespaceRefused):
 			namespace = false

@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/hypervisor/hvtest"
 )
 
@@ -49,5 +50,30 @@ func TestNewNotFound(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("error does not name %s: %v", want, err)
 		}
+	}
+}
+
+// BenchmarkStart is the time from Start to a QEMU that runs the guest.
+func BenchmarkStart(b *testing.B) {
+	for _, confine := range []bool{false, true} {
+		b.Run(map[bool]string{false: "plain", true: "confined"}[confine], func(b *testing.B) {
+			c := hvtest.Guest(b)
+			d, err := New(Options{})
+			if err != nil {
+				b.Skip(err)
+			}
+			c.Name, c.VCPUs, c.MemoryMiB, c.SerialPort, c.Confine = "bench", 1, 256, "agent", confine
+			c.Shares = []hypervisor.Share{{Tag: "share", Path: b.TempDir()}}
+			for b.Loop() {
+				v, err := d.Start(b.Context(), c)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				v.Kill()
+				<-v.Done()
+				b.StartTimer()
+			}
+		})
 	}
 }

@@ -22,10 +22,11 @@ type process struct {
 // parent-death signal when the *thread* that forked ends, not the process; and
 // whatever prepare does to the thread (namespaces, root, capabilities) is
 // inherited by the child and must touch nobody else. prepare runs on that
-// thread before the fork; if it fails, its error is returned as it is.
+// thread before the fork, child after it with the child's pid; if one of them
+// fails, no child is left and its error is returned as it is. Both may be nil.
 //
 // files become the child's descriptors from 0 on and stay the caller's.
-func spawn(path string, argv, env []string, files []*os.File, prepare func() error) (*process, error) {
+func spawn(path string, argv, env []string, files []*os.File, prepare func() error, child func(pid int) error) (*process, error) {
 	// The os package finds out once whether the kernel has pidfds, by starting a
 	// child. That must not happen on the prepared thread, whose first child may
 	// be the init of a pid namespace.
@@ -52,6 +53,14 @@ func spawn(path string, argv, env []string, files []*os.File, prepare func() err
 			return
 		}
 		c.p = p
+		if child != nil {
+			if err := child(p.Pid); err != nil {
+				_ = p.Kill()
+				_, _ = p.Wait()
+				started <- err
+				return
+			}
+		}
 		started <- nil
 		c.end, c.err = p.Wait()
 		close(c.done)
