@@ -212,7 +212,7 @@ func TestVM(t *testing.T) {
 	}
 	step("second container started")
 	ex := &agentv1.ExecRequest{ContainerId: "c2", ExecId: "e1", Stdio: &agentv1.Stdio{Stdout: true}, Process: req.Process}
-	ex.Process.Args = []string{"sh", "-c", "yes 0123456789012345678901234567890123456789012345678901234567890 | head -c 20000000"}
+	ex.Process.Args = []string{"sh", "-c", "dd if=/dev/zero bs=50000 count=400"}
 	big := h.stdio("c2", "e1", agentv1.StreamHeader_KIND_STDOUT)
 	if _, err := h.Exec(ctx, ex); err != nil {
 		t.Fatal(err)
