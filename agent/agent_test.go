@@ -242,7 +242,7 @@ func (f *fixture) connect() {
 }
 
 func (f *fixture) disconnect() {
-	f.host.close()
+	f.close()
 	<-f.ended
 	f.ended <- nil
 }
@@ -512,7 +512,7 @@ func TestStdinGone(t *testing.T) {
 	}
 	_, _ = io.WriteString(in, "for nobody")
 	// The agent ends the stream, which the host sees by reading it.
-	if n, err := in.Read(make([]byte, 1)); err != io.EOF {
+	if n, err := in.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("read %d, %v", n, err)
 	}
 	_ = in.Close()
@@ -721,7 +721,7 @@ func TestDelete(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-waited // it may have found the container or not
-	if _, err := in.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := in.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("stdin's stream: %v", err)
 	}
 }
@@ -731,7 +731,7 @@ func TestStreamsRefused(t *testing.T) {
 	f.create("c", "read x < "+fifo(t), &agentv1.Stdio{Stdout: true})
 	refused := func(what string, c net.Conn) {
 		t.Helper()
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("%s: %v", what, err)
 		}
 		_ = c.Close()

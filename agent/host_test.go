@@ -55,11 +55,11 @@ func (h *host) open(header *agentv1.StreamHeader) net.Conn {
 	return c
 }
 
-func frame(t testing.TB, header *agentv1.StreamHeader) []byte {
-	t.Helper()
+func frame(tb testing.TB, header *agentv1.StreamHeader) []byte {
+	tb.Helper()
 	b, err := proto.Marshal(header)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)
 }

@@ -31,6 +31,7 @@ type slot struct {
 	mu     sync.Mutex
 	file   *os.File // the agent's end; nil until the process exists
 	conn   *stream  // nil while no stream is attached
+	then   *stream  // attached while the pump has not noticed that conn is lost
 	taken  bool     // a stream is or was attached and has not been lost
 	exited bool     // the process has ended
 	gone   bool     // the host closed the stream of an output
@@ -48,11 +49,13 @@ func newSlot(key streamKey) *slot {
 // finish is the pump's last act.
 func (s *slot) finish() {
 	s.mu.Lock()
-	conn := s.conn
-	s.ended, s.conn = true, nil
+	conn, then := s.conn, s.then
+	s.ended, s.conn, s.then = true, nil, nil
 	s.mu.Unlock()
-	if conn != nil {
-		_ = conn.Close()
+	for _, st := range []*stream{conn, then} {
+		if st != nil {
+			_ = st.Close()
+		}
 	}
 	close(s.done)
 }
@@ -61,6 +64,10 @@ func (s *slot) finish() {
 func (s *slot) attach(st *stream) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.conn != nil && s.conn.lost() && s.then == nil && !s.stop && !s.ended {
+		s.then = st
+		return nil
+	}
 	if s.taken || s.stop || s.ended {
 		return fmt.Errorf("%s of process %q of container %q takes no stream (any more)", s.key.kind, s.key.exec, s.key.container)
 	}
@@ -73,7 +80,7 @@ func (s *slot) attach(st *stream) error {
 func (s *slot) detach() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.conn, s.taken = nil, false
+	s.conn, s.then, s.taken = s.then, nil, s.then != nil
 }
 
 // notify wakes the pump, whatever it blocks in; mu is held.

@@ -152,10 +152,10 @@ func child(p *params) {
 	// the program starts with the default ones, also where this process was
 	// started with some ignored.
 	for i = 1; i <= signals; i++ {
-		syscall.RawSyscall6(unix.SYS_RT_SIGACTION, i, uintptr(unsafe.Pointer(&p.action)), 0, 8, 0, 0)
+		_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGACTION, i, uintptr(unsafe.Pointer(&p.action)), 0, 8, 0, 0)
 	}
 	// This is a copy of the agent's memory: nobody in the container may look.
-	syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+	_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 
 	// Reports go to the parent's number for the pipe until the descriptors are
 	// in place.
@@ -168,7 +168,7 @@ func child(p *params) {
 
 	for i = 0; i < 3; i++ {
 		if p.files[i] < 0 {
-			syscall.RawSyscall(unix.SYS_CLOSE, i, 0, 0)
+			_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, i, 0, 0)
 			continue
 		}
 		if _, _, errno = syscall.RawSyscall(unix.SYS_DUP3, uintptr(p.files[i]), i, 0); errno != 0 {
@@ -205,7 +205,7 @@ func child(p *params) {
 			step = StepUserRoot
 			goto failed
 		}
-		syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 	}
 	if p.unshare != 0 {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_UNSHARE, p.unshare, 0, 0); errno != 0 {
@@ -259,7 +259,7 @@ func child(p *params) {
 				n++
 			}
 		}
-		syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE_RANGE, firstFD, uintptr(^uint32(0)), 0)
 	}
 
 	if p.setsid {
@@ -343,7 +343,7 @@ func child(p *params) {
 			}
 		}
 		// A change of user may have put back what the sysctl fs.suid_dumpable says.
-		syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 	}
 	if again {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_CHDIR, head.dir, 0, 0); errno != 0 {
@@ -352,7 +352,7 @@ func child(p *params) {
 		}
 	}
 	if p.setUmask {
-		syscall.RawSyscall(unix.SYS_UMASK, p.umask, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_UMASK, p.umask, 0, 0)
 	}
 	if p.setCaps {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&p.capHdr)), uintptr(unsafe.Pointer(&p.capData[0])), 0); errno != 0 {
@@ -381,7 +381,7 @@ func child(p *params) {
 		}
 	}
 	tell(p, stepExecing, 0)
-	syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
+	_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&p.mask)), 0, 8, 0, 0)
 	if p.noNewPrivs && p.filter != nil {
 		if _, _, errno = syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, p.filterFlags, uintptr(unsafe.Pointer(p.filter))); errno != 0 {
 			step = StepSeccomp
@@ -395,7 +395,7 @@ failed:
 	tell(p, step, errno)
 abandoned:
 	for {
-		syscall.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
 	}
 }
 

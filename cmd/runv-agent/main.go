@@ -32,7 +32,7 @@ func main() {
 	if len(os.Args) == 2 {
 		switch os.Args[1] {
 		case "--version":
-			fmt.Printf("runv-agent version %s, protocol %d, %s\n", version, agentv1.ProtocolVersion, runtime.Version())
+			fmt.Fprintf(os.Stdout, "runv-agent version %s, protocol %d, %s\n", version, agentv1.ProtocolVersion, runtime.Version())
 			return
 		case "container-init":
 			container.RunInit()
