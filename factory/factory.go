@@ -5,7 +5,6 @@ package factory
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/hyperhq/runv/hypervisor"
 )
@@ -32,11 +31,7 @@ func (f *direct) GetVM(ctx context.Context, c hypervisor.Config) (hypervisor.VM,
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	vm, err := f.driver.Start(ctx, c)
-	if err != nil {
-		return nil, fmt.Errorf("start vm %s: %w", c.Name, err)
-	}
-	return vm, nil
+	return f.driver.Start(ctx, c)
 }
 
 // Close has nothing to give up: a direct factory holds no VM.

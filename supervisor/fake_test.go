@@ -17,7 +17,6 @@ import (
 
 	"github.com/containerd/ttrpc"
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
@@ -25,6 +24,7 @@ import (
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/guest/guesttest"
 	"github.com/hyperhq/runv/hypervisor"
+	"github.com/hyperhq/runv/hypervisor/hvtest"
 	"github.com/hyperhq/runv/state"
 )
 
@@ -33,89 +33,31 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/golang/glog.(*fileSink).flushDaemon"))
 }
 
-// fakeVM is a VM whose guest is a function on the other end of a socket pair.
-type fakeVM struct {
-	conn, guest net.Conn
-	once        sync.Once
-	done        chan struct{}
-	exit        hypervisor.Exit
-	served      chan struct{}
-}
-
-func (v *fakeVM) Pid() int { return 1 }
-
-func (v *fakeVM) DialAgent(context.Context) (net.Conn, error) { return v.conn, nil }
-func (v *fakeVM) Pause(context.Context) error                 { return nil }
-func (v *fakeVM) Resume(context.Context) error                { return nil }
-func (v *fakeVM) Kill()                                       { v.die(hypervisor.Exit{Killed: true, Signal: 9}) }
-func (v *fakeVM) Done() <-chan struct{}                       { return v.done }
-func (v *fakeVM) Exit() hypervisor.Exit                       { <-v.done; return v.exit }
-func (v *fakeVM) ConsoleTail() []string                       { return []string{"Booting", "Kernel panic"} }
-
-func (v *fakeVM) die(x hypervisor.Exit) {
-	v.once.Do(func() {
-		v.exit = x
-		_ = v.guest.Close()
-		<-v.served
-		_ = v.conn.Close()
-		close(v.done)
-	})
-}
-
-// crash is the death of the hypervisor by itself.
-func (v *fakeVM) crash() { v.die(hypervisor.Exit{Code: 1, Stderr: "out of luck"}) }
-
 // pod is a supervisor under test with its fake VM, guest and disk.
 type pod struct {
 	t     *testing.T
 	s     *Supervisor
 	store *state.Store
 	dir   string
+
+	kernel, initrd string
+
 	agent *guesttest.Agent
 	// guest is what runs in the VM; nil: the agent.
-	guest func(net.Conn)
-	// startErr is the driver's error.
-	startErr error
-	vms      chan *fakeVM
+	guest  func(net.Conn)
+	driver *hvtest.Driver
+	conns  chan net.Conn // the guest's ends, one per VM
 
 	life   *os.File // write end of the lifeline
 	served chan struct{}
 	cancel context.CancelFunc
 }
 
-// Start makes pod a hypervisor.Driver.
-func (p *pod) Start(_ context.Context, c hypervisor.Config) (hypervisor.VM, error) {
-	if p.startErr != nil {
-		return nil, p.startErr
-	}
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	var ends [2]net.Conn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "agent")
-		ends[i], err = net.FileConn(f)
-		_ = f.Close()
-		if err != nil {
-			return nil, err
-		}
-	}
-	vm := &fakeVM{conn: ends[0], guest: ends[1], done: make(chan struct{}), served: make(chan struct{})}
-	go func() {
-		defer close(vm.served)
-		if p.guest != nil {
-			p.guest(vm.guest)
-			return
-		}
-		_ = p.agent.Serve(vm.guest)
-	}()
-	p.vms <- vm
-	return vm, nil
-}
+// vm is the VM that was started.
+func (p *pod) vm() *hvtest.VM { return p.driver.VMs()[0] }
 
-func (*pod) Name() string    { return "fake" }
-func (*pod) Version() string { return "0" }
+// crash is the death of the hypervisor by itself.
+func (p *pod) crash() { p.vm().Crash(hypervisor.Exit{Code: 1, Stderr: "out of luck"}) }
 
 // noShare is a share that mounts nothing.
 type noShare struct{ err error }
@@ -127,7 +69,21 @@ func (noShare) close() {}
 
 func newPod(t *testing.T, set func(*pod)) *pod {
 	t.Helper()
-	p := &pod{t: t, store: state.Open(t.TempDir()), agent: &guesttest.Agent{}, vms: make(chan *fakeVM, 9), served: make(chan struct{})}
+	p := &pod{t: t, store: state.Open(t.TempDir()), agent: &guesttest.Agent{}, conns: make(chan net.Conn, 9), served: make(chan struct{})}
+	p.driver = &hvtest.Driver{Guest: func(c net.Conn) {
+		p.conns <- c
+		if p.guest != nil {
+			p.guest(c)
+			return
+		}
+		_ = p.agent.Serve(c)
+	}}
+	p.kernel, p.initrd = filepath.Join(t.TempDir(), "kernel"), filepath.Join(t.TempDir(), "initrd")
+	for _, f := range []string{p.kernel, p.initrd} {
+		if err := os.WriteFile(f, []byte("070701"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := p.store.Reserve("pod"); err != nil {
 		t.Fatal(err)
 	}
@@ -135,10 +91,12 @@ func newPod(t *testing.T, set func(*pod)) *pod {
 	p.s = New(Options{
 		Store: p.store, SandboxID: "pod", Version: "test",
 		Factory: func(context.Context, *supervisorv1.VM) (factory.Factory, string, error) {
-			return factory.Direct(p), "fake", nil
+			return factory.Direct(p.driver), "fake", nil
 		},
 	})
-	p.s.newShare = func(string, *os.File) (sharer, error) { return noShare{}, nil }
+	p.s.newShare = func(dir string, _ *os.File) (sharer, error) {
+		return noShare{}, os.MkdirAll(filepath.Join(dir, shareName), 0o700)
+	}
 	if set != nil {
 		set(p)
 	}
@@ -296,7 +254,7 @@ func (p *pod) request(id string, si *standIn, args ...string) *supervisorv1.Crea
 		},
 	}
 	if id == "pod" {
-		r.Vm = &supervisorv1.VM{Kernel: "/k", Initrd: "/i"}
+		r.Vm = &supervisorv1.VM{Kernel: p.kernel, Initrd: p.initrd}
 	}
 	if si != nil {
 		r.StandIn = si.ref

@@ -73,7 +73,7 @@ func TestRunToTheEnd(t *testing.T) {
 	if r.Status != state.Stopped || r.ExitCode != 0 || r.Reason != "" {
 		t.Errorf("record %+v", r)
 	}
-	if vm := <-p.vms; !vm.Exit().Killed {
+	if !p.vm().Exit().Killed {
 		t.Error("the VM was not killed")
 	}
 	calls := p.agent.Calls()
@@ -216,8 +216,8 @@ func TestSeveralContainers(t *testing.T) {
 		t.Errorf("exit %s", ended(x, err))
 	}
 	p.waitEnd()
-	if len(p.vms) != 1 {
-		t.Errorf("%d VMs were started", len(p.vms))
+	if n := len(p.driver.VMs()); n != 1 {
+		t.Errorf("%d VMs were started", n)
 	}
 	if r := p.record("last"); r.Status != state.Stopped || r.ExitSignal != 9 {
 		t.Errorf("record %+v", r)
@@ -323,8 +323,8 @@ func TestEndInEachState(t *testing.T) {
 		gone   bool   // nothing is left on disk
 	}
 	ways := map[string]way{
-		"vm dies":           {func(p *pod, _ *standIn) { (<-p.vms).crash() }, 9, "exited with code 1: out of luck; the console's last lines: Booting | Kernel panic", false},
-		"guest hangs up":    {func(p *pod, _ *standIn) { _ = (<-p.vms).guest.Close() }, 9, "lost", false},
+		"vm dies":           {func(p *pod, _ *standIn) { p.crash() }, 9, "exited with code 1: out of luck; the console's last lines: guest boots", false},
+		"guest hangs up":    {func(p *pod, _ *standIn) { _ = (<-p.conns).Close() }, 9, "lost", false},
 		"stand-in killed":   {func(_ *pod, si *standIn) { si.kill() }, 0, "", false},
 		"context cancelled": {func(p *pod, _ *standIn) { p.cancel() }, 9, "told to end", false},
 		"deleted": {func(p *pod, _ *standIn) {
@@ -384,10 +384,10 @@ func TestCreateFails(t *testing.T) {
 		want string
 		post bool
 	}{
-		"no driver":      {set: func(p *pod) { p.startErr = errNoDriver }, code: codes.Internal, want: "start vm pod: no hypervisor here"},
+		"no driver":      {set: func(p *pod) { p.driver.StartError = errNoDriver }, code: codes.Internal, want: "no hypervisor here"},
 		"kernel missing": {req: func(r *supervisorv1.CreateRequest) { r.Vm.Kernel = "" }, code: codes.Internal, want: "kernel is empty"},
-		"silent guest":   {set: func(p *pod) { p.guest = silent }, code: codes.DeadlineExceeded, want: "the guest did not answer within 100ms; the console's last lines: Booting | Kernel panic"},
-		"guest dies":     {set: func(p *pod) { p.guest = func(c net.Conn) { go func() { (<-p.vms).crash() }() } }, code: codes.Unavailable, want: "the virtual machine exited with code 1: out of luck; the console's"},
+		"silent guest":   {set: func(p *pod) { p.guest = silent }, code: codes.DeadlineExceeded, want: "the guest did not answer within 100ms; the console's last lines: guest boots"},
+		"guest dies":     {set: func(p *pod) { p.guest = func(c net.Conn) { _, _ = c.Read(make([]byte, 12)); p.crash() } }, code: codes.Unavailable, want: "the virtual machine exited with code 1: out of luck; the console's"},
 		"hostile guest": {set: func(p *pod) {
 			p.guest = func(c net.Conn) { _, _ = c.Write([]byte("GET / HTTP/1.0\r\n\r\n")); silent(c) }
 		}, code: codes.Unavailable, want: "broke the protocol"},
@@ -440,10 +440,8 @@ func TestCreateFails(t *testing.T) {
 			if es, err := os.ReadDir(p.store.Root()); err != nil || len(es) != 0 {
 				t.Errorf("left: %v, %v", es, err)
 			}
-			select {
-			case vm := <-p.vms:
+			for _, vm := range p.driver.VMs() {
 				<-vm.Done()
-			default:
 			}
 		})
 	}
@@ -531,7 +529,7 @@ func TestLifelineEndsWithoutCreate(t *testing.T) {
 }
 
 func TestCreatorThatStillHoldsTheLock(t *testing.T) {
-	p := newPod(t, func(p *pod) { p.startErr = errNoDriver })
+	p := newPod(t, func(p *pod) { p.driver.StartError = errNoDriver })
 	unlock, err := p.store.Lock("pod")
 	if err != nil {
 		t.Fatal(err)
