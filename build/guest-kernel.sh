@@ -42,7 +42,7 @@ fi
 
 if [[ ! -e $dir/source.version || $(<"$dir/source.version") != "$version" ]]; then
 	echo "guest-kernel: downloading and unpacking $source $version"
-	rm -rf "$dir/source" "$dir/unpack"
+	rm -rf "$dir/source" "$dir/unpack" "$dir/build"
 	mkdir "$dir/unpack"
 	(
 		cd "$dir/unpack"
@@ -55,9 +55,9 @@ if [[ ! -e $dir/source.version || $(<"$dir/source.version") != "$version" ]]; th
 	echo "$version" >"$dir/source.version"
 fi
 
+# A build that was interrupted goes on where it was.
 out=$dir/build
-rm -rf "$out"
-mkdir "$out"
+mkdir -p "$out"
 echo "guest-kernel: configuring"
 make -s -C "$dir/source" O="$out" KCONFIG_ALLCONFIG="$config" allnoconfig
 # Kconfig drops silently what it does not know or what lacks a dependency.
