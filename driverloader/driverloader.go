@@ -141,6 +141,8 @@ func Probe(ctx context.Context, name string, o Options) (hypervisor.Driver, erro
 
 func probe(ctx context.Context, table []entry, name string, o Options) (hypervisor.Driver, error) {
 	var reasons []string
+	var last string
+	same := true
 	for _, e := range table {
 		if name != "" && !e.is(name) {
 			continue
@@ -158,10 +160,15 @@ func probe(ctx context.Context, table []entry, name string, o Options) (hypervis
 		case name != "":
 			return nil, fmt.Errorf("%w: %s: %w", ErrUnavailable, name, err)
 		}
-		reasons = append(reasons, e.name+": "+err.Error())
+		same = same && (last == "" || last == err.Error())
+		last = err.Error()
+		reasons = append(reasons, e.name+": "+last)
 	}
 	if name != "" {
 		return nil, fmt.Errorf("%w: %q, want one of %s", ErrUnknown, name, strings.Join(Names(), ", "))
+	}
+	if same { // all of them lack the same thing, and one line says so
+		return nil, fmt.Errorf("%w: %s", ErrUnavailable, last)
 	}
 	return nil, fmt.Errorf("%w: %s", ErrUnavailable, strings.Join(reasons, "; "))
 }

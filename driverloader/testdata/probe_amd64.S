@@ -65,6 +65,7 @@ start:
 	cpuid
 	bt	$26, %ecx
 	jnc	2f
+	movq	$0, 0x7000		/* so that xsave itself needs no exit */
 	mov	%cr4, %rax
 	or	$0x40600, %rax		/* OSXSAVE, OSXMMEXCPT, OSFXSR */
 	mov	%rax, %cr4
