@@ -546,12 +546,12 @@ func (b *builder) mountPoint(dest string, dir, follow bool) (*os.File, error) {
 	if !follow {
 		flags |= unix.O_NOFOLLOW
 	}
-	f, err := b.root.open(dest, flags, 0)
+	f, err := b.root.open(dest, flags)
 	if errors.Is(err, unix.ENOENT) {
 		if dir {
-			f, err = b.root.mkdirAll(dest, 0o755)
+			f, err = b.root.mkdirAll(dest)
 		} else {
-			f, err = b.root.createFile(dest, 0o755, 0o755)
+			f, err = b.root.createFile(dest, 0o755)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("make mount point: %w", err)
@@ -634,7 +634,7 @@ func (b *builder) workDir() error {
 	if cwd == "" {
 		return nil
 	}
-	f, err := b.root.mkdirAll(path.Clean("/"+cwd), 0o755)
+	f, err := b.root.mkdirAll(path.Clean("/" + cwd))
 	if err != nil {
 		if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) {
 			return nil // chdir says what is wrong
@@ -646,7 +646,7 @@ func (b *builder) workDir() error {
 
 // readonlyPath makes what is at p read-only. A missing path is fine.
 func (b *builder) readonlyPath(p string) error {
-	f, err := b.root.open(p, unix.O_PATH, 0)
+	f, err := b.root.open(p, unix.O_PATH)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -668,7 +668,7 @@ func (b *builder) readonlyPath(p string) error {
 // maskPath hides what is at p: a file behind /dev/null, a directory behind an
 // empty one. A missing path is fine.
 func (b *builder) maskPath(p string) error {
-	f, err := b.root.open(p, unix.O_PATH, 0)
+	f, err := b.root.open(p, unix.O_PATH)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}

@@ -316,6 +316,12 @@ func (c *Container) OOMKilled() bool {
 // Destroy kills what is left, flushes and unmounts the file systems and removes
 // the cgroup. It may be called in any state and any number of times.
 func (c *Container) Destroy() error {
+	// A start that waits for a hook ends with the hook.
+	c.mu.Lock()
+	if cg := c.cgroup; cg != nil && (c.state == stateCreated || c.state == stateRunning) {
+		_ = cg.kill()
+	}
+	c.mu.Unlock()
 	c.ops.Lock()
 	defer c.ops.Unlock()
 	c.OOMKilled()

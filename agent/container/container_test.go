@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == InitArg {
 		os.Exit(RunInit())
 	}
-	os.Exit(m.Run())
+	goleak.VerifyTestMain(m)
 }
 
 var sequence atomic.Int32
@@ -39,7 +40,7 @@ type guest struct {
 }
 
 // newGuest skips where containers cannot be made.
-func newGuest(t *testing.T) *guest {
+func newGuest(t testing.TB) *guest {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: makes namespaces, mounts and cgroups")
@@ -96,7 +97,7 @@ func newGuest(t *testing.T) *guest {
 	return g
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -590,8 +591,10 @@ func TestTerminal(t *testing.T) {
 		}
 		got.Write(b[:n])
 	}
-	if s := strings.ReplaceAll(got.String(), "\r", ""); !strings.Contains(s, "/dev/pts/0\n") || !strings.Contains(s, "\n33 111\n1000 88:0\n") || !strings.Contains(s, "console\n") {
-		t.Errorf("got %s", s)
+	for _, want := range []string{"/dev/pts/0", "33 111", "1000 88:0", "console"} {
+		if !strings.Contains(got.String(), want+"\r\n") {
+			t.Errorf("output has no %q:\n%s", want, got.String())
+		}
 	}
 }
 
@@ -773,6 +776,103 @@ func TestDeviceRules(t *testing.T) {
 	if got != "rnull\nwnull\nrzero" {
 		t.Errorf("got %q", got)
 	}
+}
+
+// needController skips where the cgroup hierarchy has no such controller.
+func (g *guest) needController(t *testing.T, name string) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(g.env.CgroupRoot, "cgroup.controllers"))
+	must(t, err)
+	if !strings.Contains(" "+string(b)+" ", name) {
+		t.Skipf("needs the cgroup v2 controller %q", name)
+	}
+}
+
+func TestOutOfMemory(t *testing.T) {
+	g := newGuest(t)
+	g.needController(t, "memory")
+	req := g.request("sh", "-c", "head -c 100000000 /dev/zero | wc -c >/dev/null; dd if=/dev/zero of=/dev/shm/x bs=1M count=60; exec sleep 1000")
+	req.Resources = &agentv1.Resources{Unified: map[string]string{"memory.max": "16777216", "memory.oom.group": "1"}}
+	r, err := g.create(t, req)
+	must(t, err)
+	if r.OOMKilled() {
+		t.Error("killed before it was started")
+	}
+	must(t, r.Start(ctxFor(t)))
+	if ws := r.Child.Exit().Status; ws.Signal() != syscall.SIGKILL {
+		t.Errorf("ended with %v", ws)
+	}
+	if !r.OOMKilled() {
+		t.Error("not reported as killed for want of memory")
+	}
+	must(t, r.Destroy())
+	if !r.OOMKilled() {
+		t.Error("forgotten after destroy")
+	}
+}
+
+func TestProcessLimit(t *testing.T) {
+	g := newGuest(t)
+	g.needController(t, "pids")
+	for _, user := range []bool{false, true} {
+		got := g.sh(t, "(true) 2>&1; sleep 0 & sleep 0 & sleep 0 & cat /sys/fs/cgroup/pids.max; true", func(r *agentv1.CreateContainerRequest) {
+			r.Resources = &agentv1.Resources{Unified: map[string]string{"pids.max": "2"}}
+			if user {
+				g.inUserNamespace(r)
+			}
+		})
+		if !strings.Contains(got, "can't fork") {
+			t.Errorf("user namespace %t: %q", user, got)
+		}
+	}
+}
+
+// TestDestroyWhileStarting ends a hook that would never end.
+func TestDestroyWhileStarting(t *testing.T) {
+	g := newGuest(t)
+	req := g.request("true")
+	req.Hooks = &agentv1.GuestHooks{StartContainer: []*agentv1.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "echo >/in-hook; exec sleep 1000"}, Env: []string{"PATH=/bin"}}}}
+	r, err := g.create(t, req)
+	must(t, err)
+	started := make(chan error, 1)
+	go func() { started <- r.Start(ctxFor(t)) }()
+	for _, err := os.Stat(filepath.Join(g.rootfs, "in-hook")); err != nil; _, err = os.Stat(filepath.Join(g.rootfs, "in-hook")) {
+		time.Sleep(time.Millisecond)
+	}
+	must(t, r.Destroy())
+	if err := <-started; err == nil || !strings.Contains(err.Error(), "hooks.startContainer[0]") {
+		t.Error(err)
+	}
+}
+
+func BenchmarkContainer(b *testing.B) {
+	g := newGuest(b)
+	ctx := context.Background()
+	for b.Loop() {
+		c, err := New(g.request("true"), g.env)
+		must(b, err)
+		p, err := c.Create(ctx, Stdio{})
+		must(b, err)
+		must(b, c.Start(ctx))
+		p.Child.Exit()
+		must(b, c.Destroy())
+	}
+}
+
+func BenchmarkExec(b *testing.B) {
+	g := newGuest(b)
+	ctx := context.Background()
+	c, err := New(g.request("sleep", "1000"), g.env)
+	must(b, err)
+	_, err = c.Create(ctx, Stdio{})
+	must(b, err)
+	must(b, c.Start(ctx))
+	for b.Loop() {
+		p, err := c.Exec(ctx, &agentv1.Process{Args: []string{"true"}, Env: []string{"PATH=/bin"}}, Stdio{})
+		must(b, err)
+		p.Child.Exit()
+	}
+	must(b, c.Destroy())
 }
 
 func TestFailureLeavesNothing(t *testing.T) {

@@ -16,7 +16,7 @@ const maxCopyDepth = 128
 // copyUp fills a tmpfs, which is not attached yet, with what the root file
 // system has at dest.
 func (b *builder) copyUp(dest string, fs *os.File) error {
-	src, err := b.root.open(dest, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	src, err := b.root.open(dest, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return err
 	}

@@ -111,7 +111,7 @@ func (b *builder) device(d *agentv1.Device) error {
 	node := b.in.nodes[d.GetPath()]
 	if node == nil {
 		err := makeNode(dir, name, d)
-		if err == nil || !(errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EEXIST)) {
+		if err == nil || !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EEXIST) {
 			return err
 		}
 		guest, oerr := b.guestNode(d)
@@ -121,7 +121,7 @@ func (b *builder) device(d *agentv1.Device) error {
 		b.open.add(guest)
 		node = guest
 	}
-	target, err := b.root.createFile(d.GetPath(), 0o644, 0o755)
+	target, err := b.root.createFile(d.GetPath(), 0o644)
 	if err != nil {
 		return err
 	}
@@ -262,7 +262,7 @@ func (b *builder) bindConsole(slave *os.File) error {
 		return err
 	}
 	b.open.add(tree)
-	target, err := b.root.createFile("/dev/console", 0o666, 0o755)
+	target, err := b.root.createFile("/dev/console", 0o666)
 	if err != nil {
 		return err
 	}

@@ -60,10 +60,10 @@ type remoteError struct {
 func (e *remoteError) Error() string { return e.Text }
 
 func (e *remoteError) Is(target error) bool {
-	if e.Died && target == spawn.ErrDied { //nolint:errorlint // this is the comparison
+	if e.Died && target == spawn.ErrDied {
 		return true
 	}
-	return e.Errno != 0 && target == unix.Errno(e.Errno) //nolint:errorlint // this is the comparison
+	return e.Errno != 0 && target == unix.Errno(e.Errno)
 }
 
 func toRemote(err error) *remoteError {

@@ -138,7 +138,7 @@ func (p *preparation) spec(prog *spawn.Program) *spawn.Spec {
 // checkDir says whether the working directory can be entered. The child enters
 // it by its path, when it has no descriptor left that a path could lead to.
 func (p *preparation) checkDir(cwd string) error {
-	f, err := p.root.open(cwd, unix.O_PATH|unix.O_DIRECTORY, 0)
+	f, err := p.root.open(cwd, unix.O_PATH|unix.O_DIRECTORY)
 	if errors.Is(err, unix.EACCES) {
 		// The user may be allowed what root is not, on a network file system.
 		return nil
@@ -176,7 +176,7 @@ func (p *preparation) environment() ([]string, error) {
 }
 
 func (p *preparation) home() (string, error) {
-	f, err := p.root.open("/etc/passwd", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	f, err := p.root.open("/etc/passwd", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
 		return "/", nil //nolint:nilerr // an image without users
 	}
@@ -227,7 +227,7 @@ func (p *preparation) files() ([3]*os.File, error) {
 
 // openNull opens the container's null device.
 func (p *preparation) openNull() (*os.File, error) {
-	null, err := p.root.open("/dev/null", unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	null, err := p.root.open("/dev/null", unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/null of the container: %w", err)
 	}
@@ -245,7 +245,7 @@ func (p *preparation) openTerminal() (err error) {
 			err = fmt.Errorf("process.terminal: %w", err)
 		}
 	}()
-	dir, err := p.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY, 0)
+	dir, err := p.root.open("/dev/pts", unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return fmt.Errorf("open /dev/pts: %w", err)
 	}
@@ -393,7 +393,7 @@ func lookPath(root rootDir, cwd, name, pathEnv string) (string, error) {
 }
 
 func executable(root rootDir, p string) error {
-	f, err := root.open(p, unix.O_PATH, 0)
+	f, err := root.open(p, unix.O_PATH)
 	if err != nil {
 		return err
 	}

@@ -14,18 +14,20 @@ import (
 // symbolic link, no ".." and no magic link of procfs leads out of it.
 type rootDir struct{ dir *os.File }
 
+// dirMode is what directories get that are made on the way to a mount point.
+const dirMode = 0o755
+
 // maxRetries bounds openat2's EAGAIN, which says that the tree was changed
 // during a lookup of "..": whoever does that on purpose gets an error.
 const maxRetries = 64
 
 // open resolves p, which may have any form.
-func (r rootDir) open(p string, flags int, mode uint32) (*os.File, error) {
+func (r rootDir) open(p string, flags int) (*os.File, error) {
 	if p == "" {
 		p = "."
 	}
 	how := unix.OpenHow{
 		Flags:   uint64(flags) | unix.O_CLOEXEC,
-		Mode:    uint64(mode),
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	for i := 0; ; i++ {
@@ -42,7 +44,7 @@ func (r rootDir) open(p string, flags int, mode uint32) (*os.File, error) {
 
 // Lstat and Readlink make it a securejoin.VFS.
 func (r rootDir) Lstat(p string) (os.FileInfo, error) {
-	f, err := r.open(p, unix.O_PATH|unix.O_NOFOLLOW, 0)
+	f, err := r.open(p, unix.O_PATH|unix.O_NOFOLLOW)
 	if err != nil {
 		return nil, &os.PathError{Op: "lstat", Path: p, Err: err}
 	}
@@ -52,7 +54,7 @@ func (r rootDir) Lstat(p string) (os.FileInfo, error) {
 
 // Readlink reads a symbolic link.
 func (r rootDir) Readlink(p string) (string, error) {
-	f, err := r.open(p, unix.O_PATH|unix.O_NOFOLLOW, 0)
+	f, err := r.open(p, unix.O_PATH|unix.O_NOFOLLOW)
 	if err != nil {
 		return "", &os.PathError{Op: "readlink", Path: p, Err: err}
 	}
@@ -74,29 +76,29 @@ func (r rootDir) expand(p string) (string, error) {
 
 // mkdirAll makes p and what is missing above it, and returns it opened with
 // O_PATH.
-func (r rootDir) mkdirAll(p string, mode uint32) (*os.File, error) {
-	f, err := r.open(p, unix.O_PATH|unix.O_DIRECTORY, 0)
+func (r rootDir) mkdirAll(p string) (*os.File, error) {
+	f, err := r.open(p, unix.O_PATH|unix.O_DIRECTORY)
 	if err == nil || !errors.Is(err, unix.ENOENT) {
 		return f, err
 	}
 	if p, err = r.expand(p); err != nil {
 		return nil, err
 	}
-	return r.mkdirExpanded(p, mode)
+	return r.mkdirExpanded(p)
 }
 
 // mkdirExpanded is mkdirAll for a path without symbolic links.
-func (r rootDir) mkdirExpanded(p string, mode uint32) (*os.File, error) {
-	f, err := r.open(p, unix.O_PATH|unix.O_DIRECTORY, 0)
+func (r rootDir) mkdirExpanded(p string) (*os.File, error) {
+	f, err := r.open(p, unix.O_PATH|unix.O_DIRECTORY)
 	if err == nil || !errors.Is(err, unix.ENOENT) || p == "/" {
 		return f, err
 	}
-	parent, err := r.mkdirExpanded(path.Dir(p), mode)
+	parent, err := r.mkdirExpanded(path.Dir(p))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = parent.Close() }()
-	if err := unix.Mkdirat(int(parent.Fd()), path.Base(p), mode); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := unix.Mkdirat(int(parent.Fd()), path.Base(p), dirMode); err != nil && !errors.Is(err, unix.EEXIST) {
 		return nil, err
 	}
 	return openAt(parent, path.Base(p), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
@@ -104,12 +106,12 @@ func (r rootDir) mkdirExpanded(p string, mode uint32) (*os.File, error) {
 
 // createFile makes an empty file at p, with directories above it, and returns
 // it opened with O_PATH.
-func (r rootDir) createFile(p string, mode, dirMode uint32) (*os.File, error) {
+func (r rootDir) createFile(p string, mode uint32) (*os.File, error) {
 	p, err := r.expand(p)
 	if err != nil {
 		return nil, err
 	}
-	parent, err := r.mkdirExpanded(path.Dir(p), dirMode)
+	parent, err := r.mkdirExpanded(path.Dir(p))
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +130,7 @@ func (r rootDir) parentOf(p string) (*os.File, string, error) {
 	if p == "/" {
 		return nil, "", unix.EEXIST
 	}
-	dir, err := r.mkdirAll(path.Dir(p), 0o755)
+	dir, err := r.mkdirAll(path.Dir(p))
 	return dir, path.Base(p), err
 }
 
