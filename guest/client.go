@@ -133,22 +133,15 @@ func (c *Client) handshake(ctx context.Context) error {
 		ttrpc.WithOnClose(func() { c.kill(io.ErrUnexpectedEOF) }),
 	)
 	c.agent = agentv1.NewAgentClient(c.rpc)
-	for {
-		sent := c.opts.Now()
-		hello, err := c.greet(ctx)
-		if err != nil {
-			return err
-		}
-		c.hello = hello
-		// Most of the first Hello's time is the boot of the guest.
-		if c.opts.Now().Sub(sent) < staleAfter {
-			return nil
-		}
-		if _, err := c.greet(ctx); err != nil {
-			return err
-		}
-		return nil
+	sent := c.opts.Now()
+	if c.hello, err = c.greet(ctx); err != nil {
+		return err
 	}
+	// Most of the first Hello's time is the boot of the guest.
+	if c.opts.Now().Sub(sent) > staleAfter {
+		_, err = c.greet(ctx)
+	}
+	return err
 }
 
 // greet sends a Hello with what the guest must not get twice.

@@ -93,7 +93,7 @@ func (c *trackedConn) Close() error {
 // drain closes the listener and ends each connection when its calls have been
 // answered, those that are left after limit at once.
 func (l *tracked) drain(limit time.Duration) {
-	_ = l.Listener.Close()
+	_ = l.Close()
 	l.mu.Lock()
 	l.draining = true
 	none := make(chan struct{})
