@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v3"
@@ -54,13 +56,22 @@ what some containers need. The exit code is 1 if no container can run.`,
 // driverVerdict is about the driver that containers would get.
 func (a *app) driverVerdict(ctx context.Context) driverloader.Verdict {
 	v := driverloader.Verdict{Name: "driver", Required: true}
-	d, err := driverloader.Probe(ctx, a.config.Driver, driverloader.Options{QEMUPath: a.config.QEMU})
-	if err != nil {
-		v.Detail = oneLine(err.Error())
-		v.Hint = "see the lines above; --driver or the key driver of the configuration chooses one"
-		return v
+	var why []string
+	for _, c := range driverloader.Candidates(ctx, driverloader.Options{QEMUPath: a.config.QEMU}) {
+		switch {
+		case a.config.Driver != "" && c.Name != a.config.Driver && !slices.Contains(c.Aliases, a.config.Driver):
+		case c.OK:
+			v.OK, v.Detail = true, c.Name
+			return v
+		default:
+			why = append(why, c.Name+": "+c.Reason)
+		}
 	}
-	v.OK, v.Detail = true, d.Name()
+	if len(why) == 0 {
+		why = append(why, fmt.Sprintf("%q is none of %s", a.config.Driver, strings.Join(driverloader.Names(), ", ")))
+	}
+	v.Detail = oneLine(strings.Join(why, "; "))
+	v.Hint = "see the lines above; --driver or the key driver of the configuration chooses one"
 	return v
 }
 

@@ -21,6 +21,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
+	"strings"
 	"time"
 
 	"github.com/containerd/ttrpc"
@@ -284,9 +286,11 @@ func (c *Client) Info(ctx context.Context, sandboxID string) (*supervisorv1.Info
 	return resp, fromRPC(ctx, err)
 }
 
-// lastLine is the end of a log, for errors.
-func lastLine(f *os.File) string {
-	const tail = 2048
+// lastWords finds in the end of a supervisor's log the line that says why it
+// ended: the last that is no message of the debug log, or the one that begins
+// the report of a crash.
+func lastWords(f *os.File) string {
+	const tail = 64 << 10
 	st, err := f.Stat()
 	if err != nil {
 		return ""
@@ -296,16 +300,19 @@ func lastLine(f *os.File) string {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return ""
 	}
-	line := ""
-	start := 0
-	b = b[:n]
-	for i := 0; i <= len(b); i++ {
-		if i == len(b) || b[i] == '\n' {
-			if s := string(b[start:i]); s != "" {
-				line = s
-			}
-			start = i + 1
+	last := ""
+	for line := range strings.Lines(string(b[:n])) {
+		line = strings.TrimRight(line, "\r\n")
+		switch {
+		case line == "" || debugLine.MatchString(line):
+		case strings.HasPrefix(line, "panic: "), strings.HasPrefix(line, "fatal error: "):
+			return line
+		default:
+			last = line
 		}
 	}
-	return line
+	return last
 }
+
+// debugLine is how a line of glog begins.
+var debugLine = regexp.MustCompile(`^[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ `)

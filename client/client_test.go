@@ -46,8 +46,16 @@ func TestMain(m *testing.M) {
 // fakeSupervisor is a process with suptest's server in it.
 func fakeSupervisor(args []string) {
 	fault := os.Getenv(faultEnv)
+	if fault == "silent" {
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	if fault == "panic" {
+		panic("the cause")
+	}
 	if fault == "crash" {
+		fmt.Fprintln(os.Stderr, "W1123 18:08:47.593579    1251 x.go:154] a warning")
 		fmt.Fprintln(os.Stderr, "something explains the end")
+		fmt.Fprintln(os.Stderr, "I1123 18:08:47.593579    1251 x.go:154] a message")
 		os.Exit(3)
 	}
 	listener := func(fd uintptr) net.Listener {
@@ -300,6 +308,8 @@ func TestCreateFails(t *testing.T) {
 	}{
 		{"refuse", "process.cwd: it is not absolute", ErrInvalid},
 		{"crash", "the supervisor ended: something explains the end", ErrUnavailable},
+		{"silent", "the supervisor ended: signal: killed", ErrUnavailable},
+		{"panic", "the supervisor ended: panic: the cause", ErrUnavailable},
 		{"crash-in-create", "the supervisor ended: fatal: gone in the middle", ErrUnavailable},
 	} {
 		t.Run(tc.fault, func(t *testing.T) {

@@ -319,7 +319,7 @@ func (s *supervisor) wait() {
 // what it said last, or how it ended.
 func (s *supervisor) explain() error {
 	s.wait()
-	if l := lastLine(s.log); l != "" {
+	if l := lastWords(s.log); l != "" {
 		return newError(ErrUnavailable, "the supervisor ended: %s", l)
 	}
 	return newError(ErrUnavailable, "the supervisor ended: %s", s.cmd.ProcessState)
