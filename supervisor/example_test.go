@@ -49,6 +49,7 @@ func Example() {
 		},
 	})
 	ctx, end := context.WithCancel(context.Background())
+	defer end()
 	served := make(chan error)
 	go func() { served <- s.Serve(ctx, api, stdio, nil) }()
 
