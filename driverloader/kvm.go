@@ -177,19 +177,21 @@ func runKVMTest(ctx context.Context, dev *os.File) KVMVerdict {
 		return KVMVerdict{Reason: fmt.Sprintf("duplicate the descriptor of /dev/kvm: %v", err)}
 	}
 	t := &kvmTest{dev: raw}
-	result := make(chan error, 1)
+	var result error
+	back := make(chan struct{}) // closed after result is set
 	go func() {
+		defer close(back)
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		defer unix.Close(t.dev)
 		t.tid.Store(int32(unix.Gettid()))
-		result <- t.run()
+		result = t.run()
 	}()
 	limit := time.NewTimer(kvmTestLimit)
 	defer limit.Stop()
 	select {
-	case err = <-result:
-		return verdict(err, t, time.Since(start))
+	case <-back:
+		return verdict(result, t, time.Since(start))
 	case <-limit.C:
 		err = fmt.Errorf("no end within %v", kvmTestLimit)
 	case <-ctx.Done():
@@ -208,7 +210,7 @@ func runKVMTest(ctx context.Context, dev *os.File) KVMVerdict {
 		}
 		_ = unix.Tgkill(os.Getpid(), int(t.tid.Load()), unix.SIGURG)
 		select {
-		case <-result:
+		case <-back: // with the result that it was interrupted
 			return verdict(err, t, time.Since(start))
 		case <-again.C:
 		case <-abandon.C:

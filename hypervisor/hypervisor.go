@@ -40,7 +40,9 @@ const (
 type Share struct {
 	// Tag is the virtio mount tag, 1 to 31 bytes.
 	Tag string
-	// Path is an absolute directory of the host.
+	// Path is an absolute directory of the host. With Config.Confine, mounts
+	// that are made below it after Start reach the guest only if it lies on a
+	// mount with shared propagation; mounts that are there already always do.
 	Path string
 	// ReadOnly is enforced on the host's side.
 	ReadOnly bool

@@ -15,10 +15,10 @@ import (
 	"github.com/hyperhq/runv/hypervisor/hvtest"
 )
 
-func needRoot(t testing.TB) {
-	t.Helper()
+func needRoot(tb testing.TB) {
+	tb.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("only root can confine QEMU")
+		tb.Skip("only root can confine QEMU")
 	}
 }
 

@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -90,7 +91,9 @@ func New(o Options) (*Driver, error) {
 
 // programVersion runs QEMU for the line that names its version.
 func programVersion(path string) (string, error) {
-	out, err := exec.Command(path, "-version").Output()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "-version").Output()
 	if err != nil {
 		return "", fmt.Errorf("run %s -version: %w", path, err)
 	}

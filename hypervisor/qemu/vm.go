@@ -35,12 +35,11 @@ type vm struct {
 	done chan struct{} // closed by reap
 	exit hypervisor.Exit
 
-	mu      sync.Mutex
-	killed  bool          // guarded by mu
-	agent   *net.UnixConn // guarded by mu; nil once dialled or with vsock
-	dialled bool          // guarded by mu
-	cid     uint32        // vsock address, 0 with the serial transport
-	port    uint32
+	mu     sync.Mutex
+	killed bool          // guarded by mu
+	agent  *net.UnixConn // guarded by mu; nil once dialled or with vsock
+	cid    uint32        // vsock address, 0 with the serial transport
+	port   uint32
 
 	// running serialises Pause and Resume: one token.
 	running chan struct{}
