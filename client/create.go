@@ -98,6 +98,9 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	s, err := dialDir(ctx, dir)
 	if err != nil {
+		if sup != nil && ctx.Err() == nil {
+			err = sup.explain()
+		}
 		return nil, err
 	}
 	// The end of this connection before the answer tells the supervisor to take
