@@ -300,6 +300,8 @@ func lastWords(f *os.File) string {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return ""
 	}
+	// How a line of glog begins.
+	debugLine := regexp.MustCompile(`^[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ `)
 	last := ""
 	for line := range strings.Lines(string(b[:n])) {
 		line = strings.TrimRight(line, "\r\n")
@@ -313,6 +315,3 @@ func lastWords(f *os.File) string {
 	}
 	return last
 }
-
-// debugLine is how a line of glog begins.
-var debugLine = regexp.MustCompile(`^[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ `)
