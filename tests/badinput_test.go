@@ -224,7 +224,7 @@ func TestUnknownUser(t *testing.T) {
 	if host.vm {
 		bundle := r.bundle(spec("true"))
 		r.write(filepath.Join(bundle, "config.json"),
-			`{"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": {"args": ["true"], "cwd": "/", "user": {"username": "nosuchuser"}}}`)
+			`{"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": {"args": ["true"], "cwd": "/", "user": {"username": "nosuchuser"}}, "linux": {"namespaces": [{"type": "network"}]}}`)
 		r.refused([]string{"process.user.username"}, "run", "--bundle", bundle, r.name())
 	}
 }

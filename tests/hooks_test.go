@@ -190,7 +190,7 @@ func TestHookFailures(t *testing.T) {
 			copyRootfs(t, filepath.Join(bundle, "rootfs"))
 			r.config(bundle, s)
 			id := r.name()
-			parts := []string{"hook #0", "exit status 3"}
+			parts := []string{"exit status 3"}
 			if host.vm {
 				parts = append(parts, c.kind)
 			}

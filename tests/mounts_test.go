@@ -48,6 +48,7 @@ func TestVolumes(t *testing.T) {
 	}
 
 	s := sh(`
+echo "== mountinfo"; cat /proc/self/mountinfo
 echo "== rw"; cat /v/rw/from-host; echo guest > /v/rw/from-guest; mkdir -p /v/rw/a/b; ln -s x /v/rw/link; chmod 741 /v/rw/from-guest; mkfifo /v/rw/fifo; mv /v/rw/a /v/rw/c
 echo "== ro"; cat /v/ro/from-host; touch /v/ro/new 2>/dev/null || echo refused; rm /v/ro/from-host 2>/dev/null || echo refused
 echo "== remount"; mount -o remount,rw,bind /v/ro 2>/dev/null; touch /v/ro/new 2>/dev/null || echo refused
@@ -57,7 +58,6 @@ echo "== rotree"; cat /v/rotree/sub/below; touch /v/rotree/sub/new 2>/dev/null |
 echo "== flat"; ls /v/flat/sub | wc -l
 echo "== file"; cat /v/file; echo changed > /v/file; cat /v/rofile; echo changed 2>/dev/null > /v/rofile || echo refused
 echo "== tmpfs"; ls -a /v/tmp | wc -l; dd if=/dev/zero of=/v/tmp/big bs=1M count=3 2>/dev/null || echo full; stat -c %a /v/tmp
-echo "== mountinfo"; cat /proc/self/mountinfo
 `)
 	bind := func(source, target string, options ...string) {
 		s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: source, Destination: target, Options: options})
