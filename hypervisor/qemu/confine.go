@@ -344,6 +344,14 @@ func newMount(kind string, attr int, options ...string) (int, error) {
 // nothing else. The thread itself keeps its own, for enterChild: of a root's
 // capabilities execve grants those of the bounding and the inheritable set.
 func dropCapabilities(keep []int) error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var have [2]unix.CapUserData
+	if err := unix.Capget(&header, &have[0]); err != nil {
+		return fmt.Errorf("get capabilities: %w", err)
+	}
+	if unix.Geteuid() != 0 && have[0].Permitted|have[1].Permitted == 0 {
+		return nil // there are none, and no_new_privs keeps it so
+	}
 	for c := 0; ; c++ {
 		if slices.Contains(keep, c) {
 			continue
@@ -355,11 +363,6 @@ func dropCapabilities(keep []int) error {
 		if err != nil {
 			return fmt.Errorf("drop capability %d: %w", c, err)
 		}
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var have [2]unix.CapUserData
-	if err := unix.Capget(&header, &have[0]); err != nil {
-		return fmt.Errorf("get capabilities: %w", err)
 	}
 	for i := range have {
 		have[i].Inheritable = 0 // and with it the ambient set
