@@ -277,11 +277,15 @@ func (s *slot) copyOut(conn *stream, rest, buf []byte) (left []byte, over, open 
 	s.mu.Unlock()
 	for {
 		if len(rest) > 0 {
-			n, err := conn.Write(rest)
-			if err != nil {
+			if conn.lost() {
+				return rest, false, false
+			}
+			if _, err := conn.Write(rest); err != nil {
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				return rest[n:], s.gone || s.stop || !conn.lost(), false
+				// Bytes on the way when the session is lost may have arrived;
+				// they are not sent twice.
+				return nil, s.gone || s.stop || !conn.lost(), false
 			}
 		}
 		n, err := 0, error(nil)
