@@ -158,7 +158,11 @@ func (a *app) command() *cli.Command {
 			return cli.ShowRootCommandHelp(cmd)
 		},
 	}
+	completers := a.completers()
 	forEach(root, func(c *cli.Command) {
+		if f := completers[c.Name]; f != nil {
+			c.ShellComplete = f
+		}
 		// A comma belongs to the value.
 		c.DisableSliceFlagSeparator = true
 		// A usage error is an error like any other: one line.

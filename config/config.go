@@ -88,7 +88,7 @@ func Default() Config {
 		VCPUs:       1,
 		Memory:      512,
 		Network:     "none",
-		BootTimeout: Duration(time.Minute),
+		BootTimeout: Duration(2 * time.Minute),
 		Template:    "off",
 	}
 }
