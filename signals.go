@@ -64,16 +64,22 @@ func (e interrupted) Error() string {
 // until there is a process to pass them on to.
 type signals struct {
 	c    chan os.Signal
-	to   chan func(syscall.Signal)
+	to   chan forwarding
 	stop chan struct{}
 	done chan struct{}
+}
+
+// forwarding is the request of forward.
+type forwarding struct {
+	pass  func(syscall.Signal)
+	ready chan struct{} // closed when it has effect
 }
 
 // catchSignals begins to do so. The caller stops it.
 func catchSignals(ctx context.Context) (context.Context, *signals) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	s := &signals{
-		c: make(chan os.Signal, 64), to: make(chan func(syscall.Signal)),
+		c: make(chan os.Signal, 64), to: make(chan forwarding),
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
 	ending := []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT}
@@ -87,8 +93,10 @@ func catchSignals(ctx context.Context) (context.Context, *signals) {
 			select {
 			case <-s.stop:
 				return
-			case pass = <-s.to:
+			case f := <-s.to:
+				pass = f.pass
 				signal.Notify(s.c, forwarded()...)
+				close(f.ready)
 			case sig := <-s.c:
 				n, ok := sig.(syscall.Signal)
 				switch {
@@ -121,8 +129,10 @@ func forwarded() []os.Signal {
 
 // forward makes every further signal go to pass.
 func (s *signals) forward(pass func(syscall.Signal)) {
+	f := forwarding{pass, make(chan struct{})}
 	select {
-	case s.to <- pass:
+	case s.to <- f:
+		<-f.ready
 	case <-s.done:
 	}
 }
