@@ -738,6 +738,14 @@ func TestStreamsRefused(t *testing.T) {
 	}
 	refused("a kind that the process has not", f.stdio("c", "", stderr))
 	first := f.stdio("c", "", stdout)
+	f.agent.mu.Lock()
+	place := f.agent.slots[streamKey{"c", "", stdout}]
+	f.agent.mu.Unlock()
+	for taken := false; !taken; f.hello(f.ctx) {
+		place.mu.Lock()
+		taken = place.taken
+		place.mu.Unlock()
+	}
 	refused("a second one", f.stdio("c", "", stdout))
 	_ = first.Close()
 	for _, b := range [][]byte{
