@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -67,7 +68,7 @@ func fakeSupervisor(args []string) {
 	}
 	s := suptest.New()
 	s.Store, s.SandboxID = state.Open(args[0]), args[1]
-	s.HangCreate = fault == "hang"
+	s.HangCreate = fault == "hang" || fault == "crash-in-create"
 	if fault == "refuse" {
 		s.FailCreate = "process.cwd: it is not absolute"
 	}
@@ -84,6 +85,7 @@ func fakeSupervisor(args []string) {
 	}
 	if fault == "crash-in-create" {
 		for len(s.Calls()) == 0 {
+			runtime.Gosched()
 		}
 		fmt.Fprintln(os.Stderr, "fatal: gone in the middle")
 		os.Exit(2)
