@@ -117,7 +117,7 @@ func busyboxRoot(t *testing.T, dir string) {
 	if err := os.WriteFile(filepath.Join(dir, "bin/busybox"), b, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, n := range []string{"sh", "cat", "echo", "ps", "hostname", "sleep", "head", "wc", "id", "ip", "stty", "mount", "nslookup", "wget", "yes", "date", "kill", "ls", "md5sum", "dd", "true"} {
+	for _, n := range []string{"sh", "cat", "echo", "ps", "hostname", "sleep", "head", "wc", "id", "ip", "stty", "mount", "nslookup", "wget", "yes", "date", "kill", "ls", "md5sum", "dd", "true", "mkdir"} {
 		if err := os.Symlink("busybox", filepath.Join(dir, "bin", n)); err != nil {
 			t.Fatal(err)
 		}
@@ -174,7 +174,7 @@ func TestVM(t *testing.T) {
 
 	out, errs := collect(h.stdio("c1", "", agentv1.StreamHeader_KIND_STDOUT)), collect(h.stdio("c1", "", agentv1.StreamHeader_KIND_STDERR))
 	in := h.stdio("c1", "", agentv1.StreamHeader_KIND_STDIN)
-	req := request("c1", "sh", "-c", "echo self $$; hostname; cat /etc/resolv.conf; ip -4 addr show eth0; ip route; ps; cat; date +%Y; echo oops >&2; exit 7")
+	req := request("c1", "sh", "-c", "mkdir /dev/l /dev/m; mount -t overlay o -o lowerdir=/bin:/dev/l /dev/m && echo overlaid; echo self $$; hostname; cat /etc/resolv.conf; ip -4 addr show eth0; ip route; ps; cat; date +%Y; echo oops >&2; exit 7")
 	r, err := h.CreateContainer(ctx, req)
 	if err != nil {
 		t.Fatal(err)
@@ -192,7 +192,14 @@ func TestVM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	step("ended: %v\n%s%s", w, <-out, <-errs)
+	printed := <-out
+	step("ended: %v\n%s%s", w, printed, <-errs)
+	// The overlay's module was loaded for the kernel by the agent's own program.
+	for _, want := range []string{"overlaid\nself 1\nin-c1\nnameserver 10.0.2.3\n", "inet 10.0.2.15/24", "default via 10.0.2.2", "through stdin"} {
+		if !strings.Contains(printed, want) {
+			t.Errorf("%q is missing", want)
+		}
+	}
 	if w.ExitCode != 7 {
 		t.Errorf("exit code %d", w.ExitCode)
 	}
