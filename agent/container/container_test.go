@@ -764,16 +764,21 @@ func TestResources(t *testing.T) {
 
 func TestDeviceRules(t *testing.T) {
 	g := newGuest(t)
-	got := g.sh(t, `for d in null zero full; do (exec 3</dev/$d) 2>/dev/null && echo r$d; (exec 3>/dev/$d) 2>/dev/null && echo w$d; done; true`, func(r *agentv1.CreateContainerRequest) {
+	got := g.sh(t, `for d in null a b c; do (exec 3</dev/$d) 2>/dev/null && echo r$d; (exec 3>/dev/$d) 2>/dev/null && echo w$d; done; true`, func(r *agentv1.CreateContainerRequest) {
+		// 1:11 is the kernel's log: it can be written to wherever it exists.
+		r.Devices = []*agentv1.Device{
+			{Path: "/dev/a", Type: "c", Major: 1, Minor: 5},
+			{Path: "/dev/b", Type: "c", Major: 1, Minor: 11},
+			{Path: "/dev/c", Type: "c", Major: 1, Minor: 11},
+		}
 		r.Resources = &agentv1.Resources{Devices: []*agentv1.DeviceRule{
 			{Type: "a", Major: -1, Minor: -1, Access: "rwm"},
-			{Allow: true, Type: "c", Major: -1, Minor: -1, Access: "m"},
-			{Allow: true, Type: "c", Major: 1, Minor: 3, Access: "rw"},
-			{Allow: true, Type: "c", Major: 1, Minor: 5, Access: "r"},
-			{Allow: true, Type: "c", Major: 5, Minor: -1, Access: "rwm"},
+			{Allow: true, Type: "c", Major: 1, Minor: 11, Access: "rw"},
+			{Type: "c", Major: 1, Minor: 11, Access: "r"},
+			{Allow: true, Type: "b", Major: 1, Minor: 11, Access: "r"},
 		}}
 	})
-	if got != "rnull\nwnull\nrzero" {
+	if got != "rnull\nwnull\nra\nwa\nwb\nwc" {
 		t.Errorf("got %q", got)
 	}
 }
@@ -815,12 +820,12 @@ func TestProcessLimit(t *testing.T) {
 	g := newGuest(t)
 	g.needController(t, "pids")
 	for _, user := range []bool{false, true} {
-		got := g.sh(t, "(true) 2>&1; sleep 0 & sleep 0 & sleep 0 & cat /sys/fs/cgroup/pids.max; true", func(r *agentv1.CreateContainerRequest) {
-			r.Resources = &agentv1.Resources{Unified: map[string]string{"pids.max": "2"}}
-			if user {
-				g.inUserNamespace(r)
-			}
-		})
+		req := g.request("sh", "-c", "sleep 1000 & (sleep 1000)")
+		req.Resources = &agentv1.Resources{Unified: map[string]string{"pids.max": "2"}}
+		if user {
+			g.inUserNamespace(req)
+		}
+		got, _ := g.run(t, req)
 		if !strings.Contains(got, "can't fork") {
 			t.Errorf("user namespace %t: %q", user, got)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"runtime"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -140,12 +141,29 @@ func ruleProgram(r *agentv1.DeviceRule) ([]bpfInsn, error) {
 	return block, nil
 }
 
+// alwaysAllowed follows the rules of every request, as runc has it: nodes may be
+// made of everything, and the default devices and terminals be used.
+func alwaysAllowed() []*agentv1.DeviceRule {
+	rules := []*agentv1.DeviceRule{
+		{Allow: true, Type: "c", Major: -1, Minor: -1, Access: "m"},
+		{Allow: true, Type: "b", Major: -1, Minor: -1, Access: "m"},
+		{Allow: true, Type: "c", Major: ptySlaveMajor, Minor: -1, Access: "rwm"},
+		{Allow: true, Type: "c", Major: 5, Minor: ptmxMinor, Access: "rwm"},
+	}
+	for _, d := range defaultDevices {
+		rules = append(rules, &agentv1.DeviceRule{
+			Allow: true, Type: d.GetType(), Major: int64(d.GetMajor()), Minor: int64(d.GetMinor()), Access: "rwm",
+		})
+	}
+	return rules
+}
+
 // setDevices attaches a program with the rules. It lives as long as the cgroup.
 func (c *cgroup) setDevices(rules []*agentv1.DeviceRule) error {
 	if len(rules) == 0 {
 		return nil
 	}
-	prog, err := deviceProgram(rules)
+	prog, err := deviceProgram(append(slices.Clone(rules), alwaysAllowed()...))
 	if err != nil {
 		return err
 	}

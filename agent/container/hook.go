@@ -18,8 +18,8 @@ import (
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
 
-// hookOutput bounds how much of a failed hook's output becomes its error.
-const hookOutput = 512
+// outputLimit bounds how much of a helper's output becomes its error, in bytes.
+const outputLimit = 512
 
 // createHooks runs the createContainer hooks: in the container's namespaces,
 // with the guest's root as "/" and the container's as working directory (OCI
@@ -139,10 +139,12 @@ func runHook(ctx context.Context, h *agentv1.Hook, file string, state []byte, in
 		<-child.Done()
 		return context.Cause(ctx)
 	}
-	return hookStatus(child.Exit().Status, output)
+	return outcome(child.Exit().Status, output)
 }
 
-func hookStatus(ws syscall.WaitStatus, output *os.File) error {
+// outcome is how a helper program ended, with the beginning of what it has said;
+// nil if well.
+func outcome(ws syscall.WaitStatus, output *os.File) error {
 	var err error
 	switch {
 	case ws.Exited() && ws.ExitStatus() == 0:
@@ -152,7 +154,7 @@ func hookStatus(ws syscall.WaitStatus, output *os.File) error {
 	default:
 		err = fmt.Errorf("signal: %s", ws.Signal())
 	}
-	b := make([]byte, hookOutput)
+	b := make([]byte, outputLimit)
 	n, _ := output.ReadAt(b, 0)
 	if text := strings.Join(strings.Fields(string(b[:n])), " "); text != "" {
 		err = fmt.Errorf("%w: %s", err, text)

@@ -89,6 +89,7 @@ func (e *remoteError) asError() error {
 // userBuild is a container that a second process has built.
 type userBuild struct {
 	builder *spawn.Child
+	output  *os.File // what the builder says when it breaks
 	conn    *os.File
 	child   *spawn.Child
 	console *os.File
@@ -110,6 +111,10 @@ func (c *Container) buildInUser(ctx context.Context, in *inputs) (_ *userBuild, 
 		return nil, err
 	}
 	u := &userBuild{conn: ours}
+	if u.output, err = memFile("builder output", nil); err != nil {
+		_, _ = ours.Close(), theirs.Close()
+		return nil, err
+	}
 	defer func() {
 		_ = theirs.Close()
 		if err != nil {
@@ -118,7 +123,7 @@ func (c *Container) buildInUser(ctx context.Context, in *inputs) (_ *userBuild, 
 	}()
 	spec := &spawn.Spec{
 		Path: c.env.Init, Args: []string{"runv-agent", InitArg}, Env: []string{"GOMAXPROCS=1"},
-		Files: [3]*os.File{theirs, nil, os.Stderr}, CgroupFD: in.cgroup, Proc: in.proc,
+		Files: [3]*os.File{theirs, u.output, u.output}, CgroupFD: in.cgroup, Proc: in.proc,
 	}
 	if user := in.joins[agentv1.Namespace_TYPE_USER]; user != nil {
 		spec.Setns, spec.JoinsUser = []*os.File{user}, true
@@ -188,13 +193,10 @@ func (c *Container) moveOut(pid int) error {
 // lost explains a conversation that ended too early.
 func (u *userBuild) lost(err error) error {
 	_ = u.builder.Signal(unix.SIGKILL)
-	ws := u.builder.Exit().Status
-	switch {
-	case ws.Signaled():
-		return fmt.Errorf("%s was killed by signal %d: %w", InitArg, ws.Signal(), err)
-	default:
-		return fmt.Errorf("%s ended with status %d: %w", InitArg, ws.ExitStatus(), err)
+	if broken := outcome(u.builder.Exit().Status, u.output); broken != nil {
+		return fmt.Errorf("%s: %w", InitArg, broken)
 	}
+	return fmt.Errorf("%s: %w", InitArg, err)
 }
 
 func (u *userBuild) start(ctx context.Context) error {
@@ -221,6 +223,10 @@ func (u *userBuild) close() {
 		<-u.builder.Done()
 		u.builder.Close()
 		u.builder = nil
+	}
+	if u.output != nil {
+		_ = u.output.Close()
+		u.output = nil
 	}
 	if u.child != nil {
 		u.child.Close()

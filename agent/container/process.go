@@ -23,8 +23,11 @@ const maxPasswd = 4 << 20
 // runc's.
 const defaultUmask = 0o022
 
-// ptmxMinor is /dev/ptmx, character device 5:2.
-const ptmxMinor = 2
+// /dev/ptmx is character device 5:2, the terminals that it gives are 136:N.
+const (
+	ptmxMinor     = 2
+	ptySlaveMajor = 136
+)
 
 // idMaps translate ids of a container to those of the calling thread's user
 // namespace. The zero value leaves them as they are.
