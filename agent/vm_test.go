@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -66,6 +67,7 @@ func bootVM(t *testing.T, share string, extra ...string) io.ReadWriteCloser {
 	}
 	cmd := exec.Command("qemu-system-x86_64", append(args, extra...)...)
 	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // also when the test is killed
 	console := &consoleLog{t: t, start: time.Now()}
 	cmd.Stdout, cmd.Stderr = console, console
 	if err := cmd.Start(); err != nil {
