@@ -18,7 +18,6 @@ var (
 	ErrExecStopped    = errors.New("cannot exec in a stopped container")
 	ErrAlreadyRunning = errors.New("cannot start an already running container")
 	ErrStartStopped   = errors.New("cannot start a container that has stopped")
-	ErrPaused         = errors.New("cannot exec in a paused container")
 	ErrNotPaused      = errors.New("container not paused")
 	ErrDestroyed      = errors.New("container does not exist")
 	ErrState          = errors.New("wrong state of container")

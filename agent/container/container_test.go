@@ -539,10 +539,27 @@ func TestLifeCycle(t *testing.T) {
 	if !r.Paused() {
 		t.Error("not paused")
 	}
-	if _, err := execute("true"); !errors.Is(err, ErrPaused) {
-		t.Error(err)
+	// What is executed in a paused container runs when it is resumed.
+	late := make(chan error, 1)
+	go func() {
+		_, err := execute("true")
+		late <- err
+	}()
+	for {
+		if pids, err := r.Pids(); err != nil || len(pids) > 1 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	select {
+	case err := <-late:
+		t.Errorf("exec in a paused container has returned: %v", err)
+	default:
 	}
 	must(t, r.Resume(ctx))
+	if err := <-late; err != nil {
+		t.Error(err)
+	}
 	if err := r.Resume(ctx); !errors.Is(err, ErrNotPaused) {
 		t.Error(err)
 	}
@@ -767,9 +784,9 @@ func TestDeviceRules(t *testing.T) {
 	got := g.sh(t, `for d in null a b c; do (exec 3</dev/$d) 2>/dev/null && echo r$d; (exec 3>/dev/$d) 2>/dev/null && echo w$d; done; true`, func(r *agentv1.CreateContainerRequest) {
 		// 1:11 is the kernel's log: it can be written to wherever it exists.
 		r.Devices = []*agentv1.Device{
-			{Path: "/dev/a", Type: "c", Major: 1, Minor: 5},
-			{Path: "/dev/b", Type: "c", Major: 1, Minor: 11},
-			{Path: "/dev/c", Type: "c", Major: 1, Minor: 11},
+			{Path: "/dev/a", Type: "c", Major: 1, Minor: 5, Mode: 0o666},
+			{Path: "/dev/b", Type: "c", Major: 1, Minor: 11, Mode: 0o666},
+			{Path: "/dev/c", Type: "c", Major: 1, Minor: 11, Mode: 0o666},
 		}
 		r.Resources = &agentv1.Resources{Devices: []*agentv1.DeviceRule{
 			{Type: "a", Major: -1, Minor: -1, Access: "rwm"},

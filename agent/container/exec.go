@@ -12,14 +12,15 @@ import (
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
 
-// Exec starts a further process and returns when its program is executed.
+// Exec starts a further process and returns when its program is executed. In a
+// paused container that is when it is resumed.
 func (c *Container) Exec(ctx context.Context, p *agentv1.Process, stdio Stdio) (*Process, error) {
 	if err := ValidateProcess(p); err != nil {
 		return nil, err
 	}
 	c.mu.Lock()
 	err := c.current().allowed(eventExec)
-	ns, cg, ids, init := c.ns, c.cgroup, c.ids, c.init
+	ns, ids, init := c.ns, c.ids, c.init
 	if err == nil {
 		// Destroy closes the namespaces when the last exec has let go of them.
 		c.execs.Add(1)
@@ -31,9 +32,6 @@ func (c *Container) Exec(ctx context.Context, p *agentv1.Process, stdio Stdio) (
 	defer c.execs.Done()
 	if err := ctx.Err(); err != nil {
 		return nil, err
-	}
-	if frozen, err := cg.frozen(); err == nil && frozen {
-		return nil, ErrPaused
 	}
 	if err := chownStdio(stdio, p, ids); err != nil {
 		return nil, err

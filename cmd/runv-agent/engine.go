@@ -103,7 +103,6 @@ func translate(err error) error {
 		{container.ErrExecStopped, codes.FailedPrecondition},
 		{container.ErrAlreadyRunning, codes.FailedPrecondition},
 		{container.ErrStartStopped, codes.FailedPrecondition},
-		{container.ErrPaused, codes.FailedPrecondition},
 		{container.ErrNotPaused, codes.FailedPrecondition},
 		{container.ErrState, codes.FailedPrecondition},
 	} {
