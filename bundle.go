@@ -6,10 +6,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/urfave/cli/v3"
+	"golang.org/x/sys/unix"
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/client"
@@ -69,13 +71,12 @@ func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.C
 		ID:            id,
 		Bundle:        dir,
 		VM:            vm,
+		MaxVCPUs:      uint32(runtime.NumCPU()),
+		MaxMemoryMiB:  hostMemoryMiB(),
 		SystemdCgroup: cmd.Bool("systemd-cgroup"),
 		NoPivot:       cmd.Bool("no-pivot"),
-		Rootless:      a.rootless(cmd),
-		HostDevice: func(_, typ string, major, minor int64) bool {
-			return !ocispec.VirtualDevice(typ, major, minor)
-		},
-		Warn: a.log.warning,
+		HostDevice:    hostDevice,
+		Warn:          a.log.warning,
 	})
 	if err != nil {
 		return nil, nil, "", err
@@ -83,15 +84,31 @@ func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.C
 	return spec, req, networkOf(spec), nil
 }
 
-// rootless is the --rootless flag.
-func (a *app) rootless(cmd *cli.Command) bool {
-	switch cmd.String("rootless") {
-	case "true":
-		return true
-	case "false":
+// hostDevice tells whether a listed device is hardware of this host: it is there
+// under that path with those numbers, and is none of those that every kernel has.
+// Numbers that name nothing here are the container's own business.
+func hostDevice(path, typ string, major, minor int64) bool {
+	if ocispec.VirtualDevice(typ, major, minor) {
 		return false
 	}
-	return os.Geteuid() != 0
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return false
+	}
+	want := uint32(unix.S_IFCHR)
+	if typ == "b" {
+		want = unix.S_IFBLK
+	}
+	return st.Mode&unix.S_IFMT == want && st.Rdev == unix.Mkdev(uint32(major), uint32(minor))
+}
+
+// hostMemoryMiB is how much memory this host has.
+func hostMemoryMiB() uint32 {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return 0 // ocispec's own bound
+	}
+	return uint32(uint64(si.Totalram) * uint64(si.Unit) >> 20)
 }
 
 // networkOf is where a container's stand-in lives.

@@ -43,8 +43,9 @@ func superviseMain(args []string) {
 func supervise(root, sandboxID string) error {
 	// Little is alive at a time, and the process lives as long as the pod.
 	debug.SetGCPercent(50)
-	// A terminal that is closed somewhere is no reason to end.
-	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGPIPE)
+	// A terminal that is closed somewhere is no reason to end. The signals are
+	// taken and dropped rather than ignored: hooks would inherit that.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	api, err := inherited(client.APIListenerFD, "api")

@@ -37,8 +37,6 @@ type Options struct {
 	SystemdCgroup bool
 	// NoPivot is the command line's --no-pivot.
 	NoPivot bool
-	// Rootless says that the caller is not root on the host.
-	Rootless bool
 	// Arch is the guest's architecture by its Go name; empty: that of this
 	// program. It decides which system call numbers a seccomp filter holds.
 	Arch string
