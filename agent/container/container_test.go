@@ -837,7 +837,7 @@ func TestProcessLimit(t *testing.T) {
 	g := newGuest(t)
 	g.needController(t, "pids")
 	for _, user := range []bool{false, true} {
-		req := g.request("sh", "-c", "sleep 1000 & (sleep 1000)")
+		req := g.request("sh", "-c", "sleep 1000 & sleep 1000 & true")
 		req.Resources = &agentv1.Resources{Unified: map[string]string{"pids.max": "2"}}
 		if user {
 			g.inUserNamespace(req)
