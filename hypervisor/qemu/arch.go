@@ -50,7 +50,7 @@ var arches = map[string]arch{
 		pkg:    "qemu-system-x86",
 		order:  []string{"microvm", "q35"},
 		machines: map[string]machine{
-			"microvm": {bus: busMMIO, options: microvmOptions, params: x86Params},
+			"microvm": {bus: busMMIO, options: microvmOptions, params: microvmParams},
 			"q35": {
 				bus:     busPCI,
 				options: func(Accel) string { return "q35,smm=off,vmport=off,usb=off,graphics=off" },
@@ -91,6 +91,10 @@ func microvmOptions(a Accel) string {
 	return "microvm,acpi=on,isa-serial=on,rtc=on,pit=" + legacy + ",pic=" + legacy
 }
 
+// microvmParams: there is no PCI, and a kernel that looks for it says in vain
+// that it is missing.
+func microvmParams(o ArgsOptions) []string { return append(x86Params(o), "pci=off") }
+
 // x86Params are the parameters of a PC's kernel.
 func x86Params(o ArgsOptions) []string {
 	// reboot=t with -no-reboot ends QEMU at once: the triple fault asks no
@@ -111,7 +115,18 @@ func x86Params(o ArgsOptions) []string {
 }
 
 // commonParams say little on the console but errors and panics, end the machine
-// on a panic, and leave out the cipher self-tests (0.3 s of 1.7 under TCG).
+// on a panic, and leave out the ciphers' self-tests.
+//
+// What was measured with a stock Debian 6.1 as an ELF kernel under TCG, in
+// processor time from the start of QEMU to the guest's first program (median of
+// five; 10 % is noise): 1.7 s as it is here; 2.0 s with the self-tests; 2.2 s
+// with a second vCPU; 3.7 s without the real-time clock, for which the kernel
+// then waits. The same kernel as a bzImage takes 3.6 s longer, for unpacking
+// itself. These make no difference: lsm=, apparmor=0, audit=0, no5lvl,
+// init_on_alloc=0, rcu_expedited, fewer serial ports, no huge pages, no
+// trusted keys, a plainer CPU model, less memory, no option ROMs. Neither does
+// mitigations=off, which would also weaken the guest's containers against each
+// other.
 func commonParams(ArgsOptions) []string {
 	return []string{"quiet", "panic=-1", "cryptomgr.notests"}
 }
