@@ -309,7 +309,10 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 		return nil, nil, fmt.Errorf("%s.source: is missing, want the file or directory to bind", field)
 	}
 	if len(opts.data) > 0 {
-		return nil, nil, fmt.Errorf("%s.options: %q is not an option of a bind mount", field, opts.data[0])
+		// mount(2) takes no notice of them in a bind mount; runc and crun pass
+		// them on to it.
+		o.warn(fmt.Sprintf("%s.options: %q has no effect on a bind mount", field, opts.data))
+		out.Data = nil
 	}
 	if opts.copyUp {
 		return nil, nil, fmt.Errorf("%s.options: tmpcopyup is for a tmpfs, and this is a bind mount", field)

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
@@ -366,4 +368,21 @@ func BenchmarkDocker(b *testing.B) {
 			}
 		}
 	})
+}
+
+func TestBindMountWithData(t *testing.T) {
+	var warnings []string
+	o := testOptions(&warnings)
+	s := Example(false)
+	s.Mounts[1] = specs.Mount{Destination: "/x", Source: "/y", Options: []string{"bind", "mode=755", "size=1k", "ro"}}
+	req, err := Translate(s, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := req.Container.Mounts[1]; len(m.Data) > 0 || m.AttrSet&unix.MOUNT_ATTR_RDONLY == 0 {
+		t.Errorf("the guest is asked for %v", m)
+	}
+	if want := `mounts[1].options: ["mode=755" "size=1k"] has no effect on a bind mount`; !slices.Contains(warnings, want) {
+		t.Errorf("warnings %q, want %q", warnings, want)
+	}
 }
