@@ -34,6 +34,8 @@ type container struct {
 	id        string
 	poststart []specs.Hook
 	poststop  []specs.Hook
+	// startHooks says that startContainer hooks run in the guest.
+	startHooks bool
 
 	// op is held by the call that changes the container: one at a time.
 	op chan struct{}
@@ -59,12 +61,13 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		rootfs = req.Mounts[0].Source
 	}
 	c := &container{
-		id:        req.Id,
-		poststart: hostHooks(req.Hooks.GetPoststart()),
-		poststop:  hostHooks(req.Hooks.GetPoststop()),
-		op:        make(chan struct{}, 1),
-		unshare:   func() {},
-		busy:      make(chan struct{}),
+		id:         req.Id,
+		poststart:  hostHooks(req.Hooks.GetPoststart()),
+		poststop:   hostHooks(req.Hooks.GetPoststop()),
+		startHooks: len(req.Container.GetHooks().GetStartContainer()) > 0,
+		op:         make(chan struct{}, 1),
+		unshare:    func() {},
+		busy:       make(chan struct{}),
 	}
 	c.record = state.Record{
 		ID: req.Id, SandboxID: req.SandboxId, Bundle: req.Bundle, Rootfs: rootfs,
@@ -246,7 +249,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	if h := req.Hooks; len(h.GetPrestart())+len(h.GetCreateRuntime()) > 0 {
 		hooked = true
 		g.Go(func() error {
-			st := c.ociState(specs.StateCreating)
+			// The lifecycle's steps 3 and 4 come after the environment's
+			// creation: created, as crun says too, and engines expect.
+			st := c.ociState(specs.StateCreated)
 			if err := s.hooks.Run(gctx, hooks.Prestart, hostHooks(h.Prestart), st); err != nil {
 				return err
 			}
@@ -276,6 +281,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		u.add(func() { s.destroyInGuest(c) })
 	}
 
+	if len(req.Container.Hooks.GetCreateContainer()) > 0 {
+		hooked = true
+	}
 	if err := s.createInGuest(ctx, m, first, req); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -415,7 +423,12 @@ func (s *Supervisor) start(ctx context.Context, c *container) error {
 	}
 	defer s.settled(c)
 	if _, err := s.client().StartContainer(ctx, &agentv1.StartContainerRequest{ContainerId: c.id}); err != nil {
-		return s.explain(err)
+		err = s.explain(err)
+		if c.startHooks {
+			// OCI runtime specification, lifecycle, step 7: the same as below.
+			return &destroyError{err}
+		}
+		return err
 	}
 	if err := s.apply(c, evStart); err != nil {
 		return err

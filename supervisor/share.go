@@ -222,6 +222,9 @@ func (s *share) put(m *supervisorv1.HostMount, src *os.File) error {
 	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
 		return os.NewSyscallError("fstat", err)
 	}
+	if m.Field == "root.path" && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return unix.ENOTDIR
+	}
 	// Nothing of the guest is ever executed or opened as a device on this side.
 	attr := unix.MountAttr{
 		Attr_set:    unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV,
