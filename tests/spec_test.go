@@ -121,8 +121,8 @@ func TestCheck(t *testing.T) {
 		t.Errorf("check:\n%s", out)
 	}
 	var report any
-	if err := json.Unmarshal([]byte(r.ok("check", "--json")), &report); err != nil {
-		t.Errorf("check --json: %v", err)
+	if err := json.Unmarshal([]byte(r.ok("check", "--format", "json")), &report); err != nil {
+		t.Errorf("check --format json: %v", err)
 	}
 	absent := filepath.Join(r.dir, "no-kernel")
 	res := r.try("--kernel", absent, "check")
