@@ -81,7 +81,8 @@ func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.C
 	if err != nil {
 		return nil, nil, "", err
 	}
-	return spec, req, networkOf(spec), nil
+	network, err := networkOf(spec)
+	return spec, req, network, err
 }
 
 // hostDevice tells whether a listed device is hardware of this host: it is there
@@ -112,20 +113,36 @@ func hostMemoryMiB() uint32 {
 }
 
 // networkOf is where a container's stand-in lives.
-func networkOf(spec *specs.Spec) string {
+func networkOf(spec *specs.Spec) (string, error) {
 	if spec.Linux == nil {
-		return client.NetworkHost
+		return client.NetworkHost, nil
 	}
-	for _, ns := range spec.Linux.Namespaces {
+	for i, ns := range spec.Linux.Namespaces {
 		if ns.Type != specs.NetworkNamespace {
 			continue
 		}
 		if ns.Path == "" {
-			return client.NetworkNew
+			return client.NetworkNew, nil
 		}
-		return ns.Path
+		if err := checkNetwork(ns.Path); err != nil {
+			return "", fmt.Errorf("linux.namespaces[%d].path: %w", i, err)
+		}
+		return ns.Path, nil
 	}
-	return client.NetworkHost
+	return client.NetworkHost, nil
+}
+
+// checkNetwork says why path is not a network namespace, if it is none.
+func checkNetwork(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	if typ, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err != nil || typ != unix.CLONE_NEWNET {
+		return fmt.Errorf("%s is not a network namespace", path)
+	}
+	return nil
 }
 
 // vm is what the configuration says of virtual machines. The files are looked

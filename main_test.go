@@ -316,10 +316,15 @@ func TestNetworkOf(t *testing.T) {
 		{&specs.Spec{}, client.NetworkHost},
 		{ns(specs.MountNamespace, ""), client.NetworkHost},
 		{ns(specs.NetworkNamespace, ""), client.NetworkNew},
-		{ns(specs.NetworkNamespace, "/run/netns/x"), "/run/netns/x"},
+		{ns(specs.NetworkNamespace, "/proc/self/ns/net"), "/proc/self/ns/net"},
 	} {
-		if got := networkOf(tc.spec); got != tc.want {
-			t.Errorf("%q, want %q", got, tc.want)
+		if got, err := networkOf(tc.spec); err != nil || got != tc.want {
+			t.Errorf("%q, %v; want %q", got, err, tc.want)
+		}
+	}
+	for _, path := range []string{"/not/here", "/proc/self/ns/uts", "/dev/null"} {
+		if got, err := networkOf(ns(specs.NetworkNamespace, path)); err == nil || !strings.Contains(err.Error(), "linux.namespaces[1].path") {
+			t.Errorf("%s: %q, %v", path, got, err)
 		}
 	}
 }
