@@ -70,8 +70,7 @@ func TestBadInput(t *testing.T) {
 		{name: "missing process", bundle: change(func(s *specs.Spec) { s.Process = nil }), parts: []string{"process"}},
 		{name: "args empty", bundle: change(func(s *specs.Spec) { s.Process.Args = nil }), parts: []string{"process.args"}},
 		{
-			name: "args with an empty program", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{""} }), vm: true, runc: true,
-			parts: []string{`exec: "": executable file not found in $PATH`},
+			name: "args with an empty program", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{""} }), parts: []string{"process.args"},
 		},
 		{name: "NUL in args", bundle: change(func(s *specs.Spec) { s.Process.Args = []string{"true", "a\x00b"} }), parts: []string{"process.args"}},
 		{name: "cwd relative", bundle: change(func(s *specs.Spec) { s.Process.Cwd = "tmp" }), parts: []string{"process.cwd"}},
