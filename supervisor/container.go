@@ -34,8 +34,6 @@ type container struct {
 	id        string
 	poststart []specs.Hook
 	poststop  []specs.Hook
-	// startHooks says that startContainer hooks run in the guest.
-	startHooks bool
 
 	// op is held by the call that changes the container: one at a time.
 	op chan struct{}
@@ -61,13 +59,12 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		rootfs = req.Mounts[0].Source
 	}
 	c := &container{
-		id:         req.Id,
-		poststart:  hostHooks(req.Hooks.GetPoststart()),
-		poststop:   hostHooks(req.Hooks.GetPoststop()),
-		startHooks: len(req.Container.GetHooks().GetStartContainer()) > 0,
-		op:         make(chan struct{}, 1),
-		unshare:    func() {},
-		busy:       make(chan struct{}),
+		id:        req.Id,
+		poststart: hostHooks(req.Hooks.GetPoststart()),
+		poststop:  hostHooks(req.Hooks.GetPoststop()),
+		op:        make(chan struct{}, 1),
+		unshare:   func() {},
+		busy:      make(chan struct{}),
 	}
 	c.record = state.Record{
 		ID: req.Id, SandboxID: req.SandboxId, Bundle: req.Bundle, Rootfs: rootfs,
@@ -423,22 +420,30 @@ func (s *Supervisor) start(ctx context.Context, c *container) error {
 	}
 	defer s.settled(c)
 	if _, err := s.client().StartContainer(ctx, &agentv1.StartContainerRequest{ContainerId: c.id}); err != nil {
-		err = s.explain(err)
-		if c.startHooks {
-			// OCI runtime specification, lifecycle, step 7: the same as below.
-			return &destroyError{err}
+		if status.Code(err) == codes.Aborted { // a startContainer hook
+			return s.condemn(c, err)
 		}
-		return err
+		return s.explain(err)
 	}
 	if err := s.apply(c, evStart); err != nil {
 		return err
 	}
 	if err := s.hooks.Run(ctx, hooks.Poststart, c.poststart, c.ociState(specs.StateRunning)); err != nil {
-		// OCI runtime specification, lifecycle, step 9: an error stops the
-		// container, which is then destroyed.
-		return &destroyError{err}
+		return s.condemn(c, err)
 	}
 	return nil
+}
+
+// condemn is for a container whose startContainer or poststart hook has failed
+// (OCI runtime specification, lifecycle, steps 7 and 9): it is stopped and then
+// destroyed, and its pod ends as a deleted one even if it ends by itself first.
+func (s *Supervisor) condemn(c *container, err error) error {
+	if c.id == s.o.SandboxID {
+		s.mu.Lock()
+		s.deleted = true
+		s.mu.Unlock()
+	}
+	return &destroyError{err}
 }
 
 // destroyError is an error after which the container must be deleted.

@@ -617,6 +617,86 @@ func TestPoststartHookThatFails(t *testing.T) {
 	}
 }
 
+// OCI runtime specification 1.3, lifecycle, steps 5 and 7: after a hook of the
+// guest has failed, the container is destroyed and the poststop hooks run.
+func TestGuestHookThatFails(t *testing.T) {
+	hook := []*agentv1.Hook{{Path: "/bin/false"}}
+	for _, tt := range []struct {
+		name, method string
+		hooks        *agentv1.GuestHooks
+		code         codes.Code
+		destroyed    bool
+	}{
+		{"createContainer", "CreateContainer", &agentv1.GuestHooks{CreateContainer: hook}, codes.Aborted, true},
+		{"startContainer", "StartContainer", &agentv1.GuestHooks{StartContainer: hook}, codes.Aborted, true},
+		{"program", "StartContainer", &agentv1.GuestHooks{StartContainer: hook}, codes.Internal, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPod(t, func(p *pod) {
+				p.agent.Before = func(_ context.Context, method string) error {
+					if method == tt.method {
+						return status.Error(tt.code, "it failed")
+					}
+					return nil
+				}
+			})
+			si := p.standIn("pod", "")
+			req := p.request("pod", si, "trap")
+			req.Container.Hooks = tt.hooks
+			req.Hooks.Prestart = []*supervisorv1.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat > prestart"}}}
+			req.Hooks.Poststop = []*supervisorv1.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat > poststop"}}}
+			api, _ := p.dial()
+			go func() { _, _ = si.exit() }()
+			_, err := api.Create(t.Context(), req)
+			if err == nil {
+				_, err = api.Start(t.Context(), &supervisorv1.StartRequest{Id: "pod"})
+			}
+			if err == nil || status.Convert(err).Message() != "it failed" {
+				t.Errorf("error %v", err)
+			}
+			b, err := os.ReadFile(filepath.Join(req.Bundle, "prestart"))
+			if err != nil || !strings.Contains(string(b), `"status":"created"`) {
+				t.Errorf("prestart hook: %s, %v", b, err)
+			}
+			if !tt.destroyed {
+				if _, err := p.store.Load("pod"); err != nil {
+					t.Errorf("Load: %v", err)
+				}
+				return
+			}
+			_ = p.life.Close()
+			p.waitEnd()
+			if _, err := p.store.Load("pod"); !errors.Is(err, state.ErrNotFound) {
+				t.Errorf("Load: %v", err)
+			}
+			if b, err := os.ReadFile(filepath.Join(req.Bundle, "poststop")); err != nil || !strings.Contains(string(b), `"status":"stopped"`) {
+				t.Errorf("poststop hook: %s, %v", b, err)
+			}
+		})
+	}
+}
+
+// The sandbox container may have ended by itself before its poststart hook
+// fails: it is destroyed all the same.
+func TestPoststartHookThatFailsAfterTheEnd(t *testing.T) {
+	p := newPod(t, nil)
+	si := p.standIn("pod", "")
+	req := p.request("pod", si, "exit", "0")
+	req.Hooks.Poststart = []*supervisorv1.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "sleep 0.2; exit 1"}}}
+	api, _ := p.dial()
+	if _, err := api.Create(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	go func() { _, _ = si.exit() }()
+	if _, err := api.Start(t.Context(), &supervisorv1.StartRequest{Id: "pod"}); err == nil {
+		t.Error("Start succeeded")
+	}
+	p.waitEnd()
+	if _, err := p.store.Load("pod"); !errors.Is(err, state.ErrNotFound) {
+		t.Errorf("Load: %v", err)
+	}
+}
+
 func TestStartThatFails(t *testing.T) {
 	p := newPod(t, nil)
 	si := p.create("pod", nil, "absent")

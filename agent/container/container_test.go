@@ -739,7 +739,7 @@ func TestHooks(t *testing.T) {
 		StartContainer:  []*agentv1.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "read s; echo $s $$ >/started"}, Env: []string{"PATH=/bin"}}},
 	}
 	out, ws := g.run(t, req)
-	want := `{"ociVersion":"1.3.0","id":"x","status":"creating","pid":42,"bundle":"/b","annotations":{"k":"v"}}
+	want := `{"ociVersion":"1.3.0","id":"x","status":"created","pid":42,"bundle":"/b","annotations":{"k":"v"}}
 box
 {"ociVersion":"1.3.0","id":"x","status":"created","pid":42,"bundle":"/b","annotations":{"k":"v"}} 3
 `

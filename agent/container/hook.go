@@ -64,7 +64,7 @@ func (b *builder) createHooks(ctx context.Context, hooks []*agentv1.Hook) error 
 		if err := unix.Fchdir(int(b.root.dir.Fd())); err != nil {
 			return fmt.Errorf("createContainer hooks: %w", err)
 		}
-		return runHooks(ctx, "createContainer", hooks, b.in, "creating", func(h *agentv1.Hook) string {
+		return runHooks(ctx, "createContainer", hooks, b.in, "created", func(h *agentv1.Hook) string {
 			return path.Join(b.in.share, h.GetShareTag(), h.GetSharePath())
 		})
 	})
@@ -87,11 +87,20 @@ func runHooks(ctx context.Context, kind string, hooks []*agentv1.Hook, in *input
 			file = where(h)
 		}
 		if err := runHook(ctx, h, file, state, in); err != nil {
-			return fmt.Errorf("hooks.%s[%d]: run %q: %w", kind, i, h.GetPath(), err)
+			return &hookError{fmt.Errorf("hooks.%s[%d]: run %q: %w", kind, i, h.GetPath(), err)}
 		}
 	}
 	return nil
 }
+
+// ErrHook is wrapped by the error of a hook that has failed: the host has to
+// destroy the container then.
+var ErrHook = errors.New("a hook has failed")
+
+// hookError is ErrHook with the text of the hook's own error.
+type hookError struct{ error }
+
+func (e *hookError) Unwrap() []error { return []error{ErrHook, e.error} }
 
 func runHook(ctx context.Context, h *agentv1.Hook, file string, state []byte, in *inputs) error {
 	if s := h.GetTimeoutSeconds(); s != 0 {

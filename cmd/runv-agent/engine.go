@@ -98,6 +98,7 @@ func translate(err error) error {
 		code codes.Code
 	}{
 		{container.ErrInvalid, codes.InvalidArgument},
+		{container.ErrHook, codes.Aborted},
 		{container.ErrDestroyed, codes.NotFound},
 		{container.ErrNotRunning, codes.FailedPrecondition},
 		{container.ErrExecStopped, codes.FailedPrecondition},
