@@ -293,6 +293,30 @@ func TestExec(t *testing.T) {
 	if !errors.Is(err, ErrInvalid) || err.Error() != `exec: "absent": executable file not found in $PATH` {
 		t.Errorf("an absent program: %v", err)
 	}
+	// Whoever has lost its stand-in has stopped, whatever it was before.
+	saved, err := e.store.Load("c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r2 := *saved
+	for _, tc := range []struct {
+		standIn state.ProcessRef
+		want    string
+	}{
+		{saved.StandIn, "cannot exec in a paused container (use --ignore-paused to override)"},
+		{state.ProcessRef{Pid: 1, StartTime: 1}, "cannot exec in a stopped container"},
+	} {
+		r2.Status, r2.StandIn = state.Paused, tc.standIn
+		if err := e.store.Save(&r2); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := e.Exec(ctx, ExecOptions{ID: "c", Process: &agentv1.Process{Args: []string{"cat"}}}); err == nil || err.Error() != tc.want {
+			t.Errorf("%v, want %q", err, tc.want)
+		}
+	}
+	if err := e.store.Save(saved); err != nil {
+		t.Fatal(err)
+	}
 	// A container that runs is deleted with force; the stand-in ends as killed.
 	if err := e.Delete(ctx, "c", true); err != nil {
 		t.Fatal(err)

@@ -181,7 +181,11 @@ type ExecOptions struct {
 // it returns, there is none.
 func (c *Client) Exec(ctx context.Context, o ExecOptions) (p *Process, err error) {
 	err = c.call(ctx, o.ID, "cannot exec in a stopped container", func(s *conn, ct *Container) (err error) {
-		if ct.Status == state.Paused && !o.IgnorePaused {
+		switch {
+		case ct.Status == state.Stopped:
+			// Its stand-in is gone, so its processes will be.
+			return newError(ErrWrongState, "cannot exec in a stopped container")
+		case ct.Status == state.Paused && !o.IgnorePaused:
 			return newError(ErrWrongState, "cannot exec in a paused container (use --ignore-paused to override)")
 		}
 		var u undo
