@@ -28,12 +28,16 @@ type containerState struct {
 	Created     time.Time         `json:"created"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	Owner       string            `json:"owner"`
+	// Why the container ended, if that was not its own doing.
+	OOMKilled bool   `json:"oomKilled,omitempty"`
+	Reason    string `json:"reason,omitempty"`
 }
 
 func stateOf(c *client.Container) containerState {
 	return containerState{
 		Version: c.OCIVersion, ID: c.ID, Pid: c.Pid(), Status: string(c.Status), Bundle: c.Bundle,
 		Rootfs: c.Rootfs, Created: c.Created, Annotations: c.Annotations, Owner: userName(c.Owner),
+		OOMKilled: c.OOMKilled, Reason: c.Reason,
 	}
 }
 

@@ -144,7 +144,7 @@ func TestStateAndList(t *testing.T) {
 	created := time.Date(2026, 11, 23, 17, 30, 33, 53484283, time.UTC)
 	for id, r := range map[string]*state.Record{
 		"run": {Status: state.Running, StandIn: state.Self(), Supervisor: state.Self(), Annotations: map[string]string{"k": "v"}},
-		"old": {Status: state.Stopped, StandIn: state.ProcessRef{Pid: 1 << 22}, ExitCode: 3},
+		"old": {Status: state.Stopped, StandIn: state.ProcessRef{Pid: 1 << 22}, ExitCode: 137, OOMKilled: true, Reason: "why"},
 	} {
 		if err := s.Reserve(id); err != nil {
 			t.Fatal(err)
@@ -180,7 +180,7 @@ func TestStateAndList(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &list); err != nil || len(list) != 3 {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if l := list[1]; l.ID != "old" || l.Pid != 0 || l.Status != "stopped" || !l.Created.Equal(created) || l.Rootfs != "/b/rootfs" || l.Owner != "root" {
+	if l := list[1]; l.ID != "old" || l.Pid != 0 || l.Status != "stopped" || !l.Created.Equal(created) || l.Rootfs != "/b/rootfs" || l.Owner != "root" || !l.OOMKilled || l.Reason != "why" {
 		t.Errorf("%+v", l)
 	}
 	out, err = command(t, "--root", root, "list")

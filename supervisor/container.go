@@ -486,6 +486,9 @@ func (s *Supervisor) exited(p *process, x exit) {
 		case <-s.ending:
 		}
 	}
+	if x.oom && (x.signal == uint32(unix.SIGKILL) || x.code == 128+uint32(unix.SIGKILL)) {
+		x.reason = "its memory ran out, and the guest's kernel killed a process of it"
+	}
 	if c.id == s.o.SandboxID {
 		s.end(&ending{exit: &x, reason: "the sandbox container has ended", flush: true})
 		return

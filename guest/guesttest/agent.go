@@ -34,6 +34,7 @@ import (
 //	sleep         runs until it is killed by any signal
 //	trap          runs until SIGKILL
 //	spam N        prints N bytes
+//	oom           is killed for want of memory
 //	absent        cannot be executed
 //
 // The zero value is ready to use.
@@ -393,6 +394,9 @@ func (s *service) run(k key, p *process) {
 				break
 			}
 		}
+	case "oom":
+		killed(uint32(unix.SIGKILL))
+		p.result.OomKilled = true
 	case "exit":
 		n, _ := strconv.Atoi(args[1])
 		p.result.ExitCode = uint32(n)
