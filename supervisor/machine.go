@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -173,16 +174,30 @@ func cause(err error) error {
 
 // console is the end of what the guest's console printed, for an error.
 func (m *machine) console() string {
+	return consoleText(m.vm.ConsoleTail())
+}
+
+// consoleText quotes the end of a console: the line with which a kernel gave up
+// first, which registers and a call trace follow.
+func consoleText(tail []string) string {
 	const lines = 8
-	tail := m.vm.ConsoleTail()
 	if len(tail) == 0 {
 		return "; the console printed nothing"
+	}
+	first := ""
+	// Of several the first says why; the end of a panic repeats it.
+	if i := slices.IndexFunc(tail, func(l string) bool { return strings.Contains(l, "Kernel panic") }); i >= 0 {
+		first = "; " + guest.Text(tail[i])
+		tail = slices.Delete(slices.Clone(tail), i, i+1)
+	}
+	if len(tail) == 0 {
+		return first
 	}
 	text := strings.Join(tail[max(0, len(tail)-lines):], " | ")
 	if n := len(text) - maxConsole; n > 0 {
 		text = "…" + text[n:]
 	}
-	return "; the console's last lines: " + guest.Text(text)
+	return first + "; the console's last lines: " + guest.Text(text)
 }
 
 // close ends the VM and waits until it has.

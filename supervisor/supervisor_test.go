@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -95,6 +96,45 @@ func TestExitCodeAndSignal(t *testing.T) {
 	p.waitEnd()
 	if r := p.record("pod"); r.ExitCode != 42 {
 		t.Errorf("record %+v", r)
+	}
+}
+
+func TestOutOfMemory(t *testing.T) {
+	p := newPod(t, nil)
+	si := p.create("pod", nil, "oom")
+	p.start("pod")
+	if x, err := si.exit(); err != nil || x.Signal != 9 || !x.OomKilled || !strings.Contains(x.Reason, "memory ran out") {
+		t.Errorf("exit %v, %v", x, err)
+	}
+	p.waitEnd()
+	if r := p.record("pod"); r.ExitCode != 137 || !r.OOMKilled || !strings.Contains(r.Reason, "memory ran out") {
+		t.Errorf("record %+v", r)
+	}
+}
+
+func TestConsoleText(t *testing.T) {
+	lines := func(n int) (l []string) {
+		for i := range n {
+			l = append(l, fmt.Sprintf("R%d", i))
+		}
+		return l
+	}
+	panicked := slices.Concat([]string{"boot", "Kernel panic - not syncing: why"}, lines(20), []string{"---[ end Kernel panic - not syncing: why ]---"})
+	for name, tt := range map[string]struct {
+		tail []string
+		want string
+	}{
+		"nothing": {nil, "; the console printed nothing"},
+		"end":     {lines(10), "; the console's last lines: R2 | R3 | R4 | R5 | R6 | R7 | R8 | R9"},
+		"panic":   {panicked, "; Kernel panic - not syncing: why; the console's last lines: R13 | R14 | R15 | R16 | R17 | R18 | R19 | ---[ end Kernel panic - not syncing: why ]---"},
+		"only":    {[]string{"Kernel panic\x1b"}, "; Kernel panic?"},
+	} {
+		if got := consoleText(tt.tail); got != tt.want {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+	if len(panicked) != 23 || panicked[1] != "Kernel panic - not syncing: why" {
+		t.Errorf("the tail was changed: %q", panicked)
 	}
 }
 
@@ -302,6 +342,13 @@ func TestPause(t *testing.T) {
 	}
 	if _, err := api.Exec(t.Context(), &supervisorv1.ExecRequest{Id: "pod", ExecId: "e", Process: &agentv1.Process{Args: []string{"cat"}}}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("Exec in a paused container: %v", err)
+	}
+	other := p.standIn("pod", "f")
+	if _, err := api.Exec(t.Context(), &supervisorv1.ExecRequest{Id: "pod", ExecId: "f", StandIn: other.ref, Process: &agentv1.Process{Args: []string{"exit", "3"}}, IgnorePaused: true}); err != nil {
+		t.Errorf("Exec that ignores the pause: %v", err)
+	}
+	if x, err := other.exit(); err != nil || x.ExitCode != 3 {
+		t.Errorf("exit %s", ended(x, err))
 	}
 	if _, err := api.Resume(t.Context(), &supervisorv1.ResumeRequest{Id: "pod"}); err != nil {
 		t.Fatal(err)
