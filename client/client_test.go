@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -86,6 +87,15 @@ func fakeSupervisor(args []string) {
 	if fault == "crash-in-create" {
 		for len(s.Calls()) == 0 {
 			runtime.Gosched()
+		}
+		if hook := os.Getenv("RUNV_TEST_HOOK"); hook != "" {
+			r := &state.Record{
+				ID: args[1], SandboxID: args[1], Bundle: "/", Status: state.Creating, Supervisor: state.Self(),
+				PoststopHooks: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", hook}}},
+			}
+			if err := s.Store.Save(r); err != nil {
+				panic(err)
+			}
 		}
 		fmt.Fprintln(os.Stderr, "fatal: gone in the middle")
 		os.Exit(2)
@@ -350,6 +360,18 @@ func TestCreateFails(t *testing.T) {
 			}
 		})
 	}
+	t.Run("hooks", func(t *testing.T) {
+		hooked := filepath.Join(t.TempDir(), "hooked")
+		t.Setenv("RUNV_TEST_HOOK", "cat > "+hooked)
+		e := newEnv(t, "crash-in-create")
+		if _, err := e.Create(t.Context(), CreateOptions{Request: request("c", "sleep")}); !errors.Is(err, ErrUnavailable) {
+			t.Error(err)
+		}
+		e.empty(t)
+		if b, err := os.ReadFile(hooked); err != nil || !bytes.Contains(b, []byte(`"status":"stopped"`)) {
+			t.Errorf("the poststop hook got %q, %v", b, err)
+		}
+	})
 	t.Run("no program", func(t *testing.T) {
 		e := newEnv(t, "")
 		e.o.Program = "/nonexistent/runv"
@@ -429,6 +451,14 @@ func TestSupervisorIsKilled(t *testing.T) {
 		{Path: "/bin/sh", Args: []string{"sh", "-c", "cat > " + hooked}},
 	}
 	r.Bundle = t.TempDir()
+	vm := exec.Command("sleep", "1000")
+	if err := vm.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = vm.Wait() }()
+	if r.VM, err = state.RefOf(vm.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
 	if err := e.store.Save(r); err != nil {
 		t.Fatal(err)
 	}
@@ -452,6 +482,10 @@ func TestSupervisorIsKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.empty(t)
+	if r.VM.Alive() {
+		t.Error("the virtual machine was left")
+		_ = vm.Process.Kill()
+	}
 	b, err := os.ReadFile(hooked)
 	if err != nil || !bytes.Contains(b, []byte(`"status":"stopped"`)) {
 		t.Errorf("the poststop hook got %q, %v", b, err)

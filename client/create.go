@@ -60,8 +60,9 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	if err := c.o.Store.Reserve(req.Id); err != nil {
 		return nil, err
 	}
+	var sup *supervisor
 	u.add(func() {
-		if err := c.o.Store.Remove(req.Id); err != nil && !errors.Is(err, state.ErrNotFound) {
+		if err := c.takeBack(ctx, req.Id, sup); err != nil {
 			c.o.Warn(err)
 		}
 	})
@@ -80,7 +81,6 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	open.add(func() { _ = dir.Close() })
 
-	var sup *supervisor
 	if req.SandboxId == req.Id {
 		if sup, err = c.supervise(dir, req.Id); err != nil {
 			return nil, err
@@ -130,6 +130,22 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	u.keep()
 	return p, nil
+}
+
+// takeBack is the last step of a creation that failed: all that it started has
+// ended. sup is the supervisor that it started, if it did.
+func (c *Client) takeBack(ctx context.Context, id string, sup *supervisor) error {
+	ct, err := c.Get(id)
+	if err == nil && !ct.HalfMade && (sup != nil && sup.broken() || sup == nil && !ct.Supervisor.Alive()) {
+		// The supervisor was killed at work: its hooks may have run.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteLimit)
+		defer cancel()
+		return c.finish(ctx, ct)
+	}
+	if err := c.o.Store.Remove(id); err != nil && !errors.Is(err, state.ErrNotFound) {
+		return err
+	}
+	return nil
 }
 
 // started does what is left when a process exists: its terminal's size and the

@@ -149,6 +149,11 @@ func (c *Client) finish(ctx context.Context, ct *Container) error {
 	if err := end(ctx, ct.StandIn); err != nil {
 		return fmt.Errorf("end the stand-in of %q: %w", ct.ID, err)
 	}
+	// It was told to die when its supervisor did, and has the container's files
+	// open until it has.
+	if err := end(ctx, ct.VM); err != nil {
+		return fmt.Errorf("end the virtual machine of %q: %w", ct.ID, err)
+	}
 	if err := c.o.Store.Remove(ct.ID); err != nil && !errors.Is(err, ErrNotFound) {
 		return err
 	}

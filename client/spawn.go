@@ -315,6 +315,10 @@ func (s *supervisor) wait() {
 	}
 }
 
+// broken reports whether the supervisor, which has ended, did not end by itself
+// and so has taken nothing back.
+func (s *supervisor) broken() bool { return !s.cmd.ProcessState.Success() }
+
 // explain is the error for a supervisor that broke off instead of answering:
 // what it said last, or how it ended.
 func (s *supervisor) explain() error {

@@ -61,8 +61,11 @@ type Record struct {
 	Status  Status    `json:"status"`
 	Created time.Time `json:"created"`
 	// StandIn is the host process that stands for the container's init.
-	StandIn     ProcessRef        `json:"standIn"`
-	Supervisor  ProcessRef        `json:"supervisor"`
+	StandIn    ProcessRef `json:"standIn"`
+	Supervisor ProcessRef `json:"supervisor"`
+	// VM is the hypervisor's process, which dies with the supervisor but a moment
+	// later; no process before there is one.
+	VM          ProcessRef        `json:"vm,omitzero"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	// PoststopHooks are run by whoever deletes the container.
 	PoststopHooks []specs.Hook `json:"poststopHooks,omitempty"`

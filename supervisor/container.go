@@ -239,7 +239,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	g, gctx := errgroup.WithContext(ctx)
 	if first {
 		g.Go(func() (err error) {
-			m, err = s.boot(gctx, req, filepath.Join(s.o.Dir, shareName))
+			m, err = s.boot(gctx, c, req, filepath.Join(s.o.Dir, shareName))
 			return err
 		})
 	}
@@ -274,7 +274,10 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 			s.machine, s.share = nil, nil
 		})
 	} else {
-		m = &machine{client: s.client()}
+		s.mu.Lock()
+		m = &machine{client: s.machine.client}
+		c.record.VM = s.machine.process // written with the status
+		s.mu.Unlock()
 		u.add(func() { s.destroyInGuest(c) })
 	}
 

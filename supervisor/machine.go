@@ -18,6 +18,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hypervisor"
+	"github.com/hyperhq/runv/state"
 )
 
 const (
@@ -35,10 +36,13 @@ type machine struct {
 	vm     hypervisor.VM
 	client *guest.Client // nil until the agent has answered
 	driver string
+	// process is the hypervisor's.
+	process state.ProcessRef
 }
 
-// boot starts the pod's VM and returns when its agent is ready for containers.
-func (s *Supervisor) boot(ctx context.Context, req *supervisorv1.CreateRequest, sharePath string) (_ *machine, err error) {
+// boot starts the pod's VM for its container c and returns when its agent is
+// ready for containers.
+func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.CreateRequest, sharePath string) (_ *machine, err error) {
 	vm := req.Vm
 	limit := time.Duration(vm.BootTimeoutMs) * time.Millisecond
 	if limit == 0 {
@@ -69,6 +73,15 @@ func (s *Supervisor) boot(ctx context.Context, req *supervisorv1.CreateRequest, 
 		}
 	}()
 	up := time.Now()
+	// Written at once: whoever cleans up after a supervisor that was killed waits
+	// for the hypervisor's end. One that has ended already is nobody's concern.
+	m.process, _ = state.RefOf(m.vm.Pid())
+	s.mu.Lock()
+	c.record.VM = m.process
+	s.mu.Unlock()
+	if err := s.save(c); err != nil {
+		return nil, err
+	}
 	conn, err := m.vm.DialAgent(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the guest agent: %w", err)

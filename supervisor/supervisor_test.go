@@ -57,7 +57,7 @@ func TestTransitions(t *testing.T) {
 func TestRunToTheEnd(t *testing.T) {
 	p := newPod(t, nil)
 	si := p.create("pod", kinds(stdout), "echo", "hello")
-	if r := p.record("pod"); r.Status != state.Created || r.StandIn.Pid != int(si.ref.Pid) || r.Supervisor != state.Self() {
+	if r := p.record("pod"); r.Status != state.Created || r.StandIn.Pid != int(si.ref.Pid) || r.Supervisor != state.Self() || r.VM.Pid != p.vm().Pid() {
 		t.Errorf("record %+v", r)
 	}
 	_ = p.life.Close() // the creator goes its way
