@@ -274,6 +274,9 @@ func TestLock(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		unlock, err := s.Lock("x")
+		for errors.Is(err, ErrNotFound) { // it came between Remove and Reserve
+			unlock, err = s.Lock("x")
+		}
 		if err != nil {
 			t.Errorf("waiting Lock: %v", err)
 			return
