@@ -10,6 +10,7 @@ import (
 )
 
 type driver struct {
+	hypervisor.Driver
 	got hypervisor.Config
 	err error
 }

@@ -8,7 +8,8 @@
 //	                    └───────Kill, guest power-off, crash───────▶ ended (Done is closed)
 //
 // A VM that ended stays ended; every method but Done, Exit and ConsoleTail then
-// fails with ErrEnded. Drivers live in packages below this one and import
+// fails with ErrEnded. A paused VM can be saved (VM.Snapshot), and any number of
+// VMs can begin where it was (Driver.Clone). Drivers live in packages below this one and import
 // nothing else of runv.
 package hypervisor
 
@@ -24,6 +25,8 @@ var (
 	ErrEnded = errors.New("the virtual machine has ended")
 	// ErrUnsupported is wrapped by a driver that cannot do what a Config asks.
 	ErrUnsupported = errors.New("not supported by this hypervisor driver")
+	// ErrMismatch is wrapped by Clone if the snapshot fits another VM.
+	ErrMismatch = errors.New("the snapshot does not fit")
 )
 
 // Transport is how the bytes between host and guest agent travel.
@@ -130,6 +133,13 @@ type Driver interface {
 	Name() string
 	// Version of the hypervisor program, for reports.
 	Version() string
+	// Clone starts a VM that goes on where s was taken. Its memory is s's,
+	// copy-on-write; its backends (shares, cards' peers, agent connection,
+	// console) are those of c. ErrMismatch is wrapped, and names the difference,
+	// if s was taken of a VM that c does not describe. The clone's agent sees
+	// its old connection end and a new one begin. s may be used again, and
+	// closed once Clone has returned.
+	Clone(ctx context.Context, c Config, s *Snapshot) (VM, error)
 	// Start boots a VM and returns as soon as the hypervisor runs it; the
 	// guest may still be booting. When ctx ends before that, nothing is left
 	// of the VM. Afterwards ctx has no effect on it.
@@ -152,6 +162,17 @@ type VM interface {
 	Pause(ctx context.Context) error
 	// Resume lets them go on.
 	Resume(ctx context.Context) error
+	// AwaitAgent returns when the guest's agent waits for a connection: it has
+	// opened its port and, if the connection of DialAgent has been closed, has
+	// noticed that. It fails while that connection is open. With TransportVsock
+	// nothing tells, and it returns at once.
+	AwaitAgent(ctx context.Context) error
+	// Snapshot saves the VM: the state of its devices and the memory that is
+	// not zero. The VM must be paused and stays so. The guest must be quiet:
+	// nobody connected to its agent (AwaitAgent), no share mounted (what a file
+	// server has open is not part of the state); the caller sees to that. The
+	// result is the caller's to close.
+	Snapshot(ctx context.Context) (*Snapshot, error)
 	// Kill ends the VM at once. It does not wait; Done tells. It may be called
 	// any number of times.
 	Kill()

@@ -8,6 +8,7 @@ package hvtest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -28,7 +29,7 @@ type Driver struct {
 	// until it returns; the connection fails when the VM has ended. Nil: an
 	// agent that reads and says nothing.
 	Guest func(agent net.Conn)
-	// StartError makes every Start fail with it.
+	// StartError makes every Start and every Clone fail with it.
 	StartError error
 
 	mu      sync.Mutex
@@ -48,6 +49,63 @@ func (d *Driver) VMs() []*VM {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return append([]*VM(nil), d.started...)
+}
+
+// Fingerprint of a VM made of c: its size, kernel and initrd.
+func (d *Driver) Fingerprint(c hypervisor.Config) (string, error) {
+	s := "driver: fake\n"
+	for _, f := range []struct{ key, path string }{{"kernel", c.Kernel}, {"initrd", c.Initrd}} {
+		b, err := os.ReadFile(f.path)
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", f.key, err)
+		}
+		s += fmt.Sprintf("%s sha256: %x\n", f.key, sha256.Sum256(b))
+	}
+	return s + fmt.Sprintf("machine: %s\nvcpus: %d\nmemory: %dM\nparameters: %s\n", c.Machine, c.VCPUs, c.MemoryMiB, c.KernelParams), nil
+}
+
+// Clone starts a fake VM with the memory of another one, which Poke and Peek
+// reach into.
+func (d *Driver) Clone(ctx context.Context, c hypervisor.Config, s *hypervisor.Snapshot) (hypervisor.VM, error) {
+	v, err := d.clone(ctx, c, s)
+	if err != nil {
+		return nil, fmt.Errorf("clone vm %s: %w", c.Name, err)
+	}
+	return v, nil
+}
+
+func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.Snapshot) (*VM, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if err := s.Check(); err != nil {
+		return nil, err
+	}
+	now, err := d.Fingerprint(c)
+	if err != nil {
+		return nil, err
+	}
+	if err := hypervisor.Mismatch(s.Fingerprint, now); err != nil {
+		return nil, err
+	}
+	if string(s.Device) != device {
+		return nil, fmt.Errorf("the state of the devices is %.20q", s.Device)
+	}
+	memory := make([]byte, fakeMemory)
+	if _, err := s.Memory.ReadAt(memory, 0); err != nil {
+		return nil, err
+	}
+	v, err := d.start(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.memory = memory
+	return v, nil
 }
 
 // Start boots a fake VM.
@@ -104,6 +162,7 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (*VM, error) {
 		kill:    make(chan struct{}),
 		done:    make(chan struct{}),
 		console: lines(console),
+		memory:  make([]byte, fakeMemory),
 	}
 	agent := d.Guest
 	if agent == nil {
@@ -177,6 +236,8 @@ type VM struct {
 	ended   bool            // guarded by mu; kill is closed
 	exit    hypervisor.Exit // guarded by mu until done is closed, then constant
 	dialled bool            // guarded by mu
+	open    bool            // guarded by mu; the agent's connection is
+	memory  []byte          // guarded by mu; the first bytes of the guest's
 	paused  bool            // guarded by mu
 }
 
@@ -194,8 +255,101 @@ func (v *VM) DialAgent(ctx context.Context) (net.Conn, error) {
 	if v.dialled {
 		return nil, fmt.Errorf("dial agent of vm %s: %w", v.Config.Name, ErrDialled)
 	}
-	v.dialled = true
-	return v.host, nil
+	v.dialled, v.open = true, true
+	return &conn{Conn: v.host, vm: v}, nil
+}
+
+// conn tells the VM when it is closed.
+type conn struct {
+	net.Conn
+	vm *VM
+}
+
+func (c *conn) Close() error {
+	c.vm.mu.Lock()
+	c.vm.open = false
+	c.vm.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// ErrConnected is returned by AwaitAgent and Snapshot while the agent's
+// connection is open; ErrNotPaused by Snapshot of a VM that runs.
+var (
+	ErrConnected = errors.New("the agent is connected to")
+	ErrNotPaused = errors.New("the virtual machine is not paused")
+)
+
+// AwaitAgent has nothing to wait for: a fake agent listens from the start.
+func (v *VM) AwaitAgent(ctx context.Context) error {
+	err := v.use(ctx)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err == nil && v.open {
+		err = ErrConnected
+	}
+	if err != nil {
+		return fmt.Errorf("wait for the agent of vm %s: %w", v.Config.Name, err)
+	}
+	return nil
+}
+
+const (
+	// fakeMemory is how much memory a fake guest really has, in bytes.
+	fakeMemory = 1 << 16
+	device     = "state of the fake devices"
+)
+
+// Poke writes to the guest's memory, Peek reads from it, at most 64 KiB.
+func (v *VM) Poke(p []byte, off int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	copy(v.memory[off:], p)
+}
+
+// Peek returns n bytes of the guest's memory.
+func (v *VM) Peek(off, n int) []byte {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return append([]byte(nil), v.memory[off:off+n]...)
+}
+
+// Snapshot saves a paused fake VM.
+func (v *VM) Snapshot(ctx context.Context) (*hypervisor.Snapshot, error) {
+	s, err := v.snapshot(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot of vm %s: %w", v.Config.Name, err)
+	}
+	return s, nil
+}
+
+func (v *VM) snapshot(ctx context.Context) (*hypervisor.Snapshot, error) {
+	if err := v.use(ctx); err != nil {
+		return nil, err
+	}
+	fp, err := (&Driver{}).Fingerprint(v.Config)
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch {
+	case !v.paused:
+		return nil, ErrNotPaused
+	case v.open:
+		return nil, ErrConnected
+	}
+	s := &hypervisor.Snapshot{MemoryBytes: int64(v.Config.MemoryMiB) << 20, Device: []byte(device), Fingerprint: fp}
+	if s.Memory, err = hypervisor.NewMemory("hvtest", s.MemoryBytes); err != nil {
+		return nil, err
+	}
+	if err = hypervisor.WritePages(s.Memory, v.memory, 0); err == nil {
+		err = hypervisor.SealMemory(s.Memory)
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
 }
 
 func (v *VM) use(ctx context.Context) error {

@@ -35,7 +35,14 @@ type ArgsOptions struct {
 	// TSCKHz is the rate of the host's time stamp counter in kHz, 0 if unknown.
 	// Only used on amd64 with TCG, where the guest's counter is the host's.
 	TSCKHz uint32
+	// MemoryFD is a sealed memfd with a snapshot's memory; 0 for a VM that
+	// boots. With it QEMU waits to be told where the state of the devices is.
+	MemoryFD int
 }
+
+// agentPort is QEMU's id of the agent's serial port. It has to have one for
+// QEMU to tell when the guest opens it.
+const agentPort = "agentport"
 
 // maxCmdline is the kernel's COMMAND_LINE_SIZE on both architectures, less the
 // final zero byte.
@@ -92,7 +99,16 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 	b.add("-cpu", cpu)
 	b.add("-smp", strconv.Itoa(c.VCPUs))
 	b.add("-m", strconv.Itoa(c.MemoryMiB)+"M")
-	b.add("-object", "memory-backend-ram,id=ram,size="+strconv.Itoa(c.MemoryMiB)+"M,merge=off,dump=off")
+	size := ",id=ram,size=" + strconv.Itoa(c.MemoryMiB) + "M,merge=off,dump=off"
+	if o.MemoryFD == 0 {
+		b.add("-object", "memory-backend-ram"+size)
+	} else {
+		// QEMU opens the file for reading and writing even to map it private.
+		// The seals of the memfd are what protects it; QEMU 8.2 and later could
+		// protect a file by readonly=on,rom=off as well.
+		b.add("-object", "memory-backend-file"+size+",mem-path=/proc/self/fd/"+strconv.Itoa(o.MemoryFD)+",share=off")
+		b.add("-incoming", "defer")
+	}
 
 	b.add("-chardev", "socket,id=qmp,fd="+strconv.Itoa(o.QMPFD))
 	b.add("-mon", "chardev=qmp,mode=control")
@@ -104,7 +120,7 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		b.device("vhost-vsock", "id=vsock", "guest-cid="+strconv.FormatUint(uint64(c.CID), 10), "vhostfd="+strconv.Itoa(o.VhostFD))
 	} else {
 		b.add("-chardev", "socket,id=agent,fd="+strconv.Itoa(o.AgentFD))
-		b.add("-device", "virtserialport,bus=serial.0,nr=1,chardev=agent,name="+escape(c.SerialPort))
+		b.add("-device", "virtserialport,id="+agentPort+",bus=serial.0,nr=1,chardev=agent,name="+escape(c.SerialPort))
 	}
 	for i, s := range c.Shares {
 		id := "share" + strconv.Itoa(i)
@@ -117,7 +133,13 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		b.add("-fsdev", fs)
 		b.device("virtio-9p", "fsdev="+id, "mount_tag="+escape(s.Tag))
 	}
-	for i, n := range c.NICs {
+	nics := c.NICs
+	if len(nics) == 0 {
+		// There always is a card, so that VMs with a network and without can
+		// start from one snapshot.
+		nics = make([]hypervisor.NIC, 1)
+	}
+	for i, n := range nics {
 		id := "net" + strconv.Itoa(i)
 		mac := n.MAC
 		if mac == nil {

@@ -54,6 +54,9 @@ type jail struct {
 	binds []bind
 	// capabilities that are kept.
 	capabilities []int
+	// self is the directory below the /proc that QEMU starts with, where its own
+	// will be; open from enterRoot to the end of spawn.
+	self int
 	// hostNetwork leaves QEMU in the starter's network namespace.
 	hostNetwork bool
 }
@@ -82,7 +85,7 @@ var shareCapabilities = []int{
 
 // newJail says what a QEMU for c may see. It is a pure function.
 func newJail(program string, accel Accel, c hypervisor.Config) *jail {
-	j := &jail{}
+	j := &jail{self: -1}
 	add := func(attr uint64, optional bool, paths ...string) {
 		for _, p := range paths {
 			j.binds = append(j.binds, bind{path: filepath.Clean(p), attr: attr, optional: optional})
@@ -136,6 +139,14 @@ func (j *jail) enter(namespace, capabilities bool) error {
 		return fmt.Errorf("set no_new_privs: %w", err)
 	}
 	return nil
+}
+
+// close gives up what enter left open for enterChild.
+func (j *jail) close() {
+	if j.self >= 0 {
+		_ = unix.Close(j.self)
+		j.self = -1
+	}
 }
 
 // refused marks an error that means the host's policy, not a fault.
@@ -214,10 +225,13 @@ func (j *jail) enterRoot() error {
 			return fmt.Errorf("place %s for qemu: %w", s.path, err)
 		}
 	}
-	// For the time until QEMU's pid is known; see enterChild.
 	if err := os.MkdirAll("/proc/self", 0o555); err != nil {
 		return err
 	}
+	if j.self, err = unix.Open("/proc/self", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return err
+	}
+	// For the time until QEMU's pid is known; see enterChild.
 	proc, err := newMount("proc", attrShare, "subset", "pid")
 	if err != nil {
 		return fmt.Errorf("make /proc for qemu: %w", err)
@@ -244,11 +258,13 @@ func (j *jail) enterChild(pid int) error {
 		return fmt.Errorf("open qemu's directory in /proc: %w", err)
 	}
 	defer unix.Close(fd)
+	// Below what lies on /proc and is taken away then: QEMU, which runs already
+	// and opens a clone's memory there, finds /proc/self at any time.
+	if err := unix.MoveMount(fd, "", j.self, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount qemu's directory in /proc: %w", err)
+	}
 	if err := unix.Unmount("/proc", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount qemu's /proc: %w", err)
-	}
-	if err := moveMount(fd, "/proc/self"); err != nil {
-		return fmt.Errorf("mount qemu's directory in /proc: %w", err)
 	}
 	return nil
 }

@@ -49,13 +49,21 @@ type Options struct {
 	Path string
 	// Accel is KVM or TCG; empty: TCG.
 	Accel Accel
+	// CacheDir is where the hashes of files are remembered; empty:
+	// DefaultCacheDir, "-": nowhere.
+	CacheDir string
 }
+
+// DefaultCacheDir does not survive a boot.
+const DefaultCacheDir = "/run/runv/sha256"
 
 // Driver starts VMs with QEMU.
 type Driver struct {
 	path    string
 	accel   Accel
 	version func() (string, error)
+
+	identities identities
 }
 
 var _ hypervisor.Driver = (*Driver)(nil)
@@ -85,6 +93,13 @@ func New(o Options) (*Driver, error) {
 		return nil, err
 	}
 	d := &Driver{path: path, accel: o.Accel}
+	switch o.CacheDir {
+	case "":
+		d.identities.dir = DefaultCacheDir
+	case "-":
+	default:
+		d.identities.dir = o.CacheDir
+	}
 	d.version = sync.OnceValues(func() (string, error) { return programVersion(path) })
 	return d, nil
 }
@@ -124,11 +139,43 @@ func (d *Driver) Version() string {
 
 // Start boots a VM; see hypervisor.Driver.
 func (d *Driver) Start(ctx context.Context, c hypervisor.Config) (hypervisor.VM, error) {
-	v, err := d.start(ctx, c)
+	v, err := d.start(ctx, c, nil)
 	if err != nil {
 		return nil, fmt.Errorf("start vm %s: %w", c.Name, err)
 	}
 	return v, nil
+}
+
+// Clone starts a VM that goes on where s was taken; see hypervisor.Driver.
+func (d *Driver) Clone(ctx context.Context, c hypervisor.Config, s *hypervisor.Snapshot) (hypervisor.VM, error) {
+	v, err := d.clone(ctx, c, s)
+	if err != nil {
+		return nil, fmt.Errorf("clone vm %s: %w", c.Name, err)
+	}
+	return v, nil
+}
+
+func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.Snapshot) (*vm, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := checkFiles(c); err != nil {
+		return nil, err
+	}
+	if err := s.Check(); err != nil {
+		return nil, err
+	}
+	now, err := d.Fingerprint(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if err := hypervisor.Mismatch(s.Fingerprint, now); err != nil {
+		return nil, err
+	}
+	if want := int64(c.MemoryMiB) << 20; s.MemoryBytes != want {
+		return nil, fmt.Errorf("%w: memory: saved with %d bytes, now %d", hypervisor.ErrMismatch, s.MemoryBytes, want)
+	}
+	return d.start(ctx, c, s)
 }
 
 // undo runs its functions in reverse order.
@@ -143,7 +190,8 @@ func (u *undo) run() {
 	*u = nil
 }
 
-func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err error) {
+// start boots a VM, or clones s if that is not nil.
+func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.Snapshot) (_ *vm, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -162,6 +210,8 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err err
 
 	v := &vm{
 		name:    c.Name,
+		driver:  d,
+		config:  c,
 		done:    make(chan struct{}),
 		running: make(chan struct{}, 1),
 	}
@@ -207,7 +257,7 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err err
 		}
 		child.add(func() { vhost.Close() })
 		opts.VhostFD = pass(vhost)
-		v.cid, v.port = c.CID, c.VsockPort
+		v.cid, v.vsockPort = c.CID, c.VsockPort
 	} else {
 		var agent net.Conn
 		if agent, opts.AgentFD, err = pair(); err != nil {
@@ -226,6 +276,21 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err err
 		consoleTo = append(consoleTo, log)
 	}
 
+	if s != nil {
+		// The memory's own descriptor for a snapshot of the clone; the caller
+		// may close s.
+		memory, err := dup(s.Memory)
+		if err != nil {
+			return nil, err
+		}
+		failed.add(func() { memory.Close() })
+		v.files = append(v.files, memory)
+		v.parent = &parent{memory: memory, fingerprint: s.Fingerprint}
+		opts.MemoryFD = pass(memory)
+	} else if v.origin, err = d.originOf(c); err != nil {
+		return nil, err
+	}
+
 	args, err := Args(c, opts)
 	if err != nil {
 		return nil, err
@@ -239,9 +304,17 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err err
 	v.qmp = qmp.New(monitor)
 	v.readers.Go(func() { drain(console, consoleTo...); console.Close() })
 	v.readers.Go(func() { drain(errRead, &v.stderr); errRead.Close() })
+	v.readers.Go(v.proc.nodes.serve)
+	ports := v.qmp.Subscribe(16, "VSERPORT_CHANGE")
+	v.readers.Go(func() { v.watchPort(ports) })
 	go v.reap()
 
-	g, err := v.qmp.Handshake(ctx)
+	var g qmp.Greeting
+	if s == nil {
+		g, err = v.qmp.Handshake(ctx)
+	} else {
+		g, err = v.load(ctx, s.Device)
+	}
 	if err != nil {
 		if ctx.Err() == nil && errors.Is(err, qmp.ErrClosed) {
 			// QEMU refused its arguments or crashed: its own words say why.
@@ -255,6 +328,98 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config) (_ *vm, err err
 	}
 	glog.V(1).Infof("vm %s: qemu %d.%d.%d (%s) runs as pid %d", c.Name, g.Major, g.Minor, g.Micro, g.Package, v.Pid())
 	return v, nil
+}
+
+// load gives a QEMU that waits for it the state of its devices, and returns when
+// the guest runs.
+func (v *vm) load(ctx context.Context, device []byte) (g qmp.Greeting, err error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return g, err
+	}
+	defer r.Close()
+	// It ends when everything is written or QEMU, which has the other end alone
+	// once r is closed, has gone.
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		if _, err := w.Write(device); err != nil {
+			glog.V(1).Infof("vm %s: write device state: %v", v.name, err)
+		}
+		w.Close()
+	})
+	defer writing.Wait()
+	stop := context.AfterFunc(ctx, func() { _ = w.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
+	defer r.Close()
+
+	running := v.qmp.Subscribe(1, "RESUME")
+	defer running.Close()
+	// All at once: QEMU reads them when it is up.
+	var sent []*qmp.Pending
+	for _, c := range []struct {
+		command string
+		args    any
+		f       *os.File
+	}{
+		{"qmp_capabilities", nil, nil},
+		{"getfd", map[string]string{"fdname": "devices"}, r},
+		{"migrate-incoming", map[string]string{"uri": "fd:devices"}, nil},
+	} {
+		p, err := v.qmp.Send(ctx, c.command, c.args, c.f)
+		if err != nil {
+			return g, err
+		}
+		sent = append(sent, p)
+	}
+	if g, err = v.qmp.Greeting(ctx); err != nil {
+		return g, err
+	}
+	for _, p := range sent {
+		if err := p.Wait(ctx, nil); err != nil {
+			return g, err
+		}
+	}
+	select {
+	case _, ok := <-running.C:
+		if !ok {
+			return g, v.qmp.Err()
+		}
+		return g, nil
+	case <-ctx.Done():
+		return g, fmt.Errorf("load device state: %w", context.Cause(ctx))
+	}
+}
+
+// originOf notes which files a VM is started from.
+func (d *Driver) originOf(c hypervisor.Config) (o origin, err error) {
+	for _, f := range []struct {
+		path string
+		id   *fileID
+	}{{d.path, &o.program}, {c.Kernel, &o.kernel}, {c.Initrd, &o.initrd}} {
+		fi, err := os.Stat(f.path)
+		if err != nil {
+			return o, err
+		}
+		if *f.id, err = identify(fi); err != nil {
+			return o, fmt.Errorf("%s: %w", f.path, err)
+		}
+	}
+	return o, nil
+}
+
+// dup returns another descriptor of what f is.
+func dup(f *os.File) (*os.File, error) {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var fd int
+	if cerr := conn.Control(func(old uintptr) {
+		fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0)
+	}); cerr != nil || err != nil {
+		return nil, errors.Join(cerr, err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // checkFiles finds what QEMU would not, in words that name the field.
@@ -287,9 +452,11 @@ func checkFiles(c hypervisor.Config) error {
 // confinement is left out with a warning.
 func (d *Driver) spawn(c hypervisor.Config, args []string, files []*os.File) (*process, error) {
 	argv := append([]string{d.path}, args...)
+	n := newNodes(c)
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	if !c.Confine {
-		return spawn(d.path, argv, env, files, nil, nil)
+		p, err := spawn(d.path, argv, env, files, n.prepare(nil), n.child(nil))
+		return n.own(p, err)
 	}
 	j := newJail(d.path, d.accel, c)
 	namespace, capabilities := true, true
@@ -298,14 +465,15 @@ func (d *Driver) spawn(c hypervisor.Config, args []string, files []*os.File) (*p
 		if namespace {
 			child = j.enterChild
 		}
-		p, err := spawn(d.path, argv, env, files, func() error { return j.enter(namespace, capabilities) }, child)
+		p, err := spawn(d.path, argv, env, files, n.prepare(func() error { return j.enter(namespace, capabilities) }), n.child(child))
+		j.close()
 		switch {
 		case namespace && errors.Is(err, errNamespaceRefused):
 			namespace = false
 		case capabilities && errors.Is(err, errCapabilitiesRefused):
 			capabilities = false
 		default:
-			return p, err
+			return n.own(p, err)
 		}
 		glog.Warningf("vm %s: qemu is less confined than it should be: %v", c.Name, err)
 	}

@@ -15,6 +15,8 @@ type process struct {
 	done chan struct{}    // closed when the child has been reaped
 	end  *os.ProcessState // set before done closes
 	err  error            // set before done closes if the child could not be waited for
+
+	nodes *nodes // of a QEMU with a share, else nil; see there
 }
 
 // spawn starts a child on a thread of its own, which then waits for it and

@@ -21,6 +21,10 @@ import (
 // vm is one running QEMU.
 type vm struct {
 	name    string
+	driver  *Driver
+	config  hypervisor.Config
+	origin  origin
+	parent  *parent // of a clone, else nil
 	proc    *process
 	qmp     *qmp.Client
 	console tail
@@ -35,13 +39,16 @@ type vm struct {
 	done chan struct{} // closed by reap
 	exit hypervisor.Exit
 
-	mu     sync.Mutex
-	killed bool          // guarded by mu
-	agent  *net.UnixConn // guarded by mu; nil once dialled or with vsock
-	cid    uint32        // vsock address, 0 with the serial transport
-	port   uint32
+	mu        sync.Mutex
+	killed    bool          // guarded by mu
+	agent     *net.UnixConn // guarded by mu; nil once dialled or with vsock
+	cid       uint32        // vsock address, 0 with the serial transport
+	vsockPort uint32
 
-	// running serialises Pause and Resume: one token.
+	// port is what the guest does with the agent's serial port.
+	port port
+
+	// running serialises Pause, Resume and Snapshot: one token.
 	running chan struct{}
 }
 
@@ -191,7 +198,7 @@ func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 	default:
 	}
 	if v.cid != 0 {
-		conn, err := dialVsock(ctx, v.done, v.cid, v.port)
+		conn, err := dialVsock(ctx, v.done, v.cid, v.vsockPort)
 		if err != nil {
 			return nil, fmt.Errorf("dial agent of vm %s: %w", v.name, err)
 		}
@@ -205,7 +212,8 @@ func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 	}
 	conn := v.agent
 	v.agent = nil
-	return conn, nil
+	v.port.dial()
+	return &agentConn{UnixConn: conn, hangUp: v.port.hangUp}, nil
 }
 
 // dialVsock connects to the guest. While the guest has no vsock driver yet the

@@ -135,8 +135,18 @@ func New(rwc io.ReadWriteCloser) *Client {
 }
 
 // Handshake waits for QEMU's greeting and leaves capability negotiation. It
-// must be the first call, and only one.
+// must be the first call, and only one; see Greeting for another way.
 func (c *Client) Handshake(ctx context.Context) (Greeting, error) {
+	g, err := c.Greeting(ctx)
+	if err != nil {
+		return g, err
+	}
+	return g, c.Execute(ctx, "qmp_capabilities", nil, nil)
+}
+
+// Greeting waits for QEMU's greeting. Commands may have been sent before, the
+// first of them qmp_capabilities: QEMU reads its input after it has greeted.
+func (c *Client) Greeting(ctx context.Context) (Greeting, error) {
 	var g Greeting
 	select {
 	case g = <-c.greeting:
@@ -149,7 +159,7 @@ func (c *Client) Handshake(ctx context.Context) (Greeting, error) {
 		}
 		return g, fmt.Errorf("wait for qmp greeting: %w", c.Err())
 	}
-	return g, c.Execute(ctx, "qmp_capabilities", nil, nil)
+	return g, nil
 }
 
 // Execute runs one command. args is encoded as the arguments object, nil for
@@ -168,51 +178,101 @@ func (c *Client) GetFD(ctx context.Context, name string, f *os.File) error {
 	return c.execute(ctx, "getfd", map[string]string{"fdname": name}, nil, f)
 }
 
+// AddFD hands QEMU a duplicate of f, which QEMU opens under the path that is
+// returned; f must have been opened for the same access. RemoveFD gives it back.
+func (c *Client) AddFD(ctx context.Context, f *os.File) (path string, set int64, err error) {
+	if _, ok := c.rwc.(*net.UnixConn); !ok {
+		return "", 0, fmt.Errorf("qmp add-fd: %w", ErrNoFDPassing)
+	}
+	var reply struct {
+		Set *int64 `json:"fdset-id"`
+	}
+	if err := c.execute(ctx, "add-fd", nil, &reply, f); err != nil {
+		return "", 0, err
+	}
+	if reply.Set == nil || *reply.Set < 0 {
+		return "", 0, fmt.Errorf("qmp add-fd: %w: no set of descriptors", ErrProtocol)
+	}
+	return "/dev/fdset/" + strconv.FormatInt(*reply.Set, 10), *reply.Set, nil
+}
+
+// RemoveFD closes what AddFD gave.
+func (c *Client) RemoveFD(ctx context.Context, set int64) error {
+	return c.execute(ctx, "remove-fd", map[string]int64{"fdset-id": set}, nil, nil)
+}
+
 func (c *Client) execute(ctx context.Context, command string, args, reply any, f *os.File) error {
+	p, err := c.Send(ctx, command, args, f)
+	if err != nil {
+		return err
+	}
+	return p.Wait(ctx, reply)
+}
+
+// Pending is a command that has been sent.
+type Pending struct {
+	client  *Client
+	command string
+	id      string
+	answer  chan message
+}
+
+// Send sends a command and does not wait for its reply, which Wait must be
+// called for. QEMU runs commands in the order in which they were sent. f, which
+// may be nil, travels with it.
+func (c *Client) Send(ctx context.Context, command string, args any, f *os.File) (*Pending, error) {
+	p := &Pending{client: c, command: command, answer: make(chan message, 1)}
 	c.mu.Lock()
 	if c.err != nil {
 		c.mu.Unlock()
-		return fmt.Errorf("qmp %s: %w", command, c.Err())
+		return nil, fmt.Errorf("qmp %s: %w", command, c.Err())
 	}
 	c.lastID++
-	id := strconv.FormatUint(c.lastID, 10)
-	answer := make(chan message, 1)
-	c.pending[id] = answer
+	p.id = strconv.FormatUint(c.lastID, 10)
+	c.pending[p.id] = p.answer
 	c.mu.Unlock()
-	defer func() {
-		c.mu.Lock()
-		delete(c.pending, id)
-		c.mu.Unlock()
-	}()
 
-	line, err := json.Marshal(request{Execute: command, Arguments: args, ID: id})
+	line, err := json.Marshal(request{Execute: command, Arguments: args, ID: p.id})
 	if err != nil {
-		return fmt.Errorf("qmp %s: encode arguments: %w", command, err)
+		p.forget()
+		return nil, fmt.Errorf("qmp %s: encode arguments: %w", command, err)
 	}
 	if err := c.write(ctx, append(line, '\n'), f); err != nil {
-		return fmt.Errorf("qmp %s: %w", command, err)
+		p.forget()
+		return nil, fmt.Errorf("qmp %s: %w", command, err)
 	}
+	return p, nil
+}
 
+func (p *Pending) forget() {
+	p.client.mu.Lock()
+	delete(p.client.pending, p.id)
+	p.client.mu.Unlock()
+}
+
+// Wait returns the reply as Execute does.
+func (p *Pending) Wait(ctx context.Context, reply any) error {
+	defer p.forget()
 	var m message
 	select {
-	case m = <-answer:
+	case m = <-p.answer:
 	case <-ctx.Done():
-		return fmt.Errorf("qmp %s: %w", command, context.Cause(ctx))
-	case <-c.done:
+		return fmt.Errorf("qmp %s: %w", p.command, context.Cause(ctx))
+	case <-p.client.done:
 		select {
-		case m = <-answer: // answered, and then the connection ended
+		case m = <-p.answer: // answered, and then the connection ended
 		default:
-			return fmt.Errorf("qmp %s: %w", command, c.Err())
+			return fmt.Errorf("qmp %s: %w", p.command, p.client.Err())
 		}
 	}
 	if m.Error != nil {
-		return &Error{Command: command, Class: m.Error.Class, Desc: m.Error.Desc}
+		return &Error{Command: p.command, Class: m.Error.Class, Desc: m.Error.Desc}
 	}
 	if reply == nil {
 		return nil
 	}
 	if err := json.Unmarshal(m.Return, reply); err != nil {
-		return fmt.Errorf("qmp %s: decode reply: %w", command, err)
+		return fmt.Errorf("qmp %s: decode reply: %w", p.command, err)
 	}
 	return nil
 }
