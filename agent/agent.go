@@ -45,6 +45,7 @@ type Agent struct {
 
 	mu         sync.Mutex
 	configured bool                  // guarded by mu
+	sandbox    string                // the container that the guest ends with; guarded by mu
 	containers map[string]*container // guarded by mu
 	slots      map[streamKey]*slot   // of processes that exist or are being made; guarded by mu
 	pending    map[streamKey]*stream // streams whose process does not exist yet; guarded by mu
@@ -208,6 +209,10 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 	default:
 		a.containers[c.id] = c
 		a.expect(p)
+		// The sandbox's end is followed by Shutdown.
+		if c.id != a.sandbox {
+			p.flush = a.system.Sync
+		}
 	}
 	a.mu.Unlock()
 	if err != nil {

@@ -37,6 +37,7 @@ type fakeSystem struct {
 	machine  string
 	mounted  []string
 	dhcp     int
+	syncs    int
 	fail     string // the method that fails
 }
 
@@ -64,7 +65,7 @@ func (f *fakeSystem) SetHostname(s string) error {
 
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
 func (f *fakeSystem) DHCP(context.Context) error  { return f.call("dhcp", func() { f.dhcp++ }) }
-func (f *fakeSystem) Sync()                       {}
+func (f *fakeSystem) Sync()                       { _ = f.call("sync", func() { f.syncs++ }) }
 
 func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {
 	err := f.call("mount "+s.Tag, func() { f.mounted = append(f.mounted, s.Tag) })
@@ -402,6 +403,27 @@ func TestLifeAndStdio(t *testing.T) {
 		t.Errorf("%d places and %d streams are left", len(f.agent.slots), len(f.agent.pending))
 	}
 	f.create("c", "true", nil) // the name is free
+}
+
+// The files of a container that ends without its pod are on the host when its
+// end is told; those of the sandbox container follow with Shutdown.
+func TestSyncAtTheEnd(t *testing.T) {
+	f := newFixture(t)
+	for _, tc := range []struct {
+		id    string
+		syncs int
+	}{{"pod", 0}, {"c", 1}} {
+		f.create(tc.id, "exit 0", nil)
+		f.start(tc.id)
+		if r := f.wait(tc.id, ""); r.ExitCode != 0 {
+			t.Errorf("%s ended with %v", tc.id, r)
+		}
+		f.system.mu.Lock()
+		if f.system.syncs != tc.syncs {
+			t.Errorf("%s: %d syncs, want %d", tc.id, f.system.syncs, tc.syncs)
+		}
+		f.system.mu.Unlock()
+	}
 }
 
 func TestCreateFails(t *testing.T) {

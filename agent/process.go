@@ -19,6 +19,9 @@ type process struct {
 	container, exec string
 	slots           []*slot
 	terminal        bool
+	// flush, if set, is called before the end is told: the host must find what
+	// the process wrote.
+	flush func()
 
 	// Set once, under the container's lock, when the process exists.
 	pid   int
@@ -145,6 +148,9 @@ func (p *process) begin(master *os.File, exited func() *agentv1.WaitProcessRespo
 			p.console = nil
 		}
 		p.consoleMu.Unlock()
+		if p.flush != nil {
+			p.flush()
+		}
 		close(p.done)
 	})
 	return nil

@@ -83,7 +83,7 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.configured = true
+	a.configured, a.sandbox = true, req.SandboxId
 	return nil
 }
 

@@ -147,6 +147,11 @@ func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
 		_ = os.Remove(dir)
 		return nil, err
 	}
+	// Volumes with a propagation of their own become peers of it in every
+	// container of the pod; all others are made private.
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		return nil, errors.Join(fmt.Errorf("share its mounts: %w", err), unix.Unmount(dir, unix.MNT_DETACH), os.Remove(dir))
+	}
 	return func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			g.log.Printf("unmount share %s: %v", s.Tag, err)
