@@ -102,7 +102,8 @@ func Boot() error {
 	if err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(ModuleLoader), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := os.MkdirAll(agentv1.ShareDir, 0o700); err != nil {
+	// Hooks of containers with their own users come by.
+	if err := os.MkdirAll(agentv1.ShareDir, 0o755); err != nil {
 		return err
 	}
 	if err := os.WriteFile(ResolvConf, nil, 0o644); err != nil {
