@@ -164,14 +164,14 @@ func (m *machine) explain(err error) error {
 		defer t.Stop()
 		select {
 		case <-m.vm.Done():
-			return status.Errorf(codes.Unavailable, "the virtual machine %s%s", guest.Text(m.vm.Exit().String()), m.console())
+			return status.Error(codes.Unavailable, m.quote("the virtual machine "+guest.Text(m.vm.Exit().String())))
 		case <-t.C:
 		}
-		return status.Error(codes.Unavailable, err.Error()+m.console())
+		return status.Error(codes.Unavailable, m.quote(err.Error()))
 	case errors.Is(err, guest.ErrProtocol), errors.Is(err, guest.ErrVersion):
 		return status.Error(codes.Unavailable, err.Error())
 	case status.Code(cause(err)) == codes.DeadlineExceeded:
-		return status.Error(codes.DeadlineExceeded, status.Convert(cause(err)).Message()+m.console())
+		return status.Error(codes.DeadlineExceeded, m.quote(status.Convert(cause(err)).Message()))
 	}
 	return err
 }
@@ -185,32 +185,29 @@ func cause(err error) error {
 	return err
 }
 
-// console is the end of what the guest's console printed, for an error.
-func (m *machine) console() string {
-	return consoleText(m.vm.ConsoleTail())
-}
+// quote adds the end of what the guest's console printed to an error.
+func (m *machine) quote(what string) string { return quote(what, m.vm.ConsoleTail()) }
 
-// consoleText quotes the end of a console: the line with which a kernel gave up
-// first, which registers and a call trace follow.
-func consoleText(tail []string) string {
+// quote puts the line with which a kernel gave up first: registers and a call
+// trace follow it on the console.
+func quote(what string, tail []string) string {
 	const lines = 8
 	if len(tail) == 0 {
-		return "; the console printed nothing"
+		return what + "; the console printed nothing"
 	}
-	first := ""
 	// Of several the first says why; the end of a panic repeats it.
 	if i := slices.IndexFunc(tail, func(l string) bool { return strings.Contains(l, "Kernel panic") }); i >= 0 {
-		first = "; " + guest.Text(tail[i])
+		what = guest.Text(tail[i]) + "; " + what
 		tail = slices.Delete(slices.Clone(tail), i, i+1)
 	}
 	if len(tail) == 0 {
-		return first
+		return what
 	}
 	text := strings.Join(tail[max(0, len(tail)-lines):], " | ")
 	if n := len(text) - maxConsole; n > 0 {
 		text = "…" + text[n:]
 	}
-	return first + "; the console's last lines: " + guest.Text(text)
+	return what + "; the console's last lines: " + guest.Text(text)
 }
 
 // close ends the VM and waits until it has.

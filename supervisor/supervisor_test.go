@@ -112,7 +112,7 @@ func TestOutOfMemory(t *testing.T) {
 	}
 }
 
-func TestConsoleText(t *testing.T) {
+func TestQuote(t *testing.T) {
 	lines := func(n int) (l []string) {
 		for i := range n {
 			l = append(l, fmt.Sprintf("R%d", i))
@@ -124,12 +124,12 @@ func TestConsoleText(t *testing.T) {
 		tail []string
 		want string
 	}{
-		"nothing": {nil, "; the console printed nothing"},
-		"end":     {lines(10), "; the console's last lines: R2 | R3 | R4 | R5 | R6 | R7 | R8 | R9"},
-		"panic":   {panicked, "; Kernel panic - not syncing: why; the console's last lines: R13 | R14 | R15 | R16 | R17 | R18 | R19 | ---[ end Kernel panic - not syncing: why ]---"},
-		"only":    {[]string{"Kernel panic\x1b"}, "; Kernel panic?"},
+		"nothing": {nil, "it ended; the console printed nothing"},
+		"end":     {lines(10), "it ended; the console's last lines: R2 | R3 | R4 | R5 | R6 | R7 | R8 | R9"},
+		"panic":   {panicked, "Kernel panic - not syncing: why; it ended; the console's last lines: R13 | R14 | R15 | R16 | R17 | R18 | R19 | ---[ end Kernel panic - not syncing: why ]---"},
+		"only":    {[]string{"Kernel panic\x1b"}, "Kernel panic?; it ended"},
 	} {
-		if got := consoleText(tt.tail); got != tt.want {
+		if got := quote("it ended", tt.tail); got != tt.want {
 			t.Errorf("%s: %q, want %q", name, got, tt.want)
 		}
 	}
