@@ -152,24 +152,3 @@ func delegateControllers(dir string) error {
 	}
 	return nil
 }
-
-// linkUp sets a network interface up.
-func linkUp(name string) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	r, err := unix.NewIfreq(name)
-	if err != nil {
-		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, r); err != nil {
-		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	r.SetUint16(r.Uint16() | unix.IFF_UP)
-	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, r); err != nil {
-		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	return nil
-}

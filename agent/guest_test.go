@@ -6,13 +6,16 @@ import (
 	"errors"
 	"io"
 	"log"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
@@ -162,6 +165,102 @@ func TestDHCP(t *testing.T) {
 	}
 }
 
+var testMAC = [macLen]byte{2, 1, 2, 3, 4, 5}
+
+// TestConfigureCard gets a lease over the kernel's own network stack.
+func TestConfigureCard(t *testing.T) {
+	runtime.LockOSThread() // and never unlocked: the thread and its network end with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Skip("needs a network namespace of its own:", err)
+	}
+	veth := netlink.NewLinkAttrs()
+	veth.Name, veth.HardwareAddr = "card", testMAC[:]
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: veth, PeerName: "server"}); err != nil {
+		t.Skip("needs veth links:", err)
+	}
+	for _, name := range []string{"lo", "server"} {
+		if err := linkUp(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := linkUp("absent"); err == nil {
+		t.Error("an absent link is up")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	peer, err := netlink.LinkByName("server")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := openCard(peer.Attrs())
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b := make([]byte, 2048)
+		for {
+			n, err := server.Receive(b, time.Time{})
+			if err != nil {
+				return
+			}
+			if n < 28+dhcpFixed || binary.BigEndian.Uint16(b[22:]) != dhcpServerPort {
+				continue
+			}
+			f := &fakeCard{t: t, mac: testMAC}
+			_ = f.Send(b[:n])
+			for _, p := range f.pending {
+				if err := server.Send(p); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}()
+	defer func() {
+		_ = server.file.Close()
+		<-done
+	}()
+	card, err := netlink.LinkByName("card")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := configureCard(ctx, card)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.addr != netip.MustParsePrefix("10.0.2.15/24") || l.router != netip.MustParseAddr("10.0.2.2") || l.mtu != 1500 {
+		t.Errorf("lease: %+v", l)
+	}
+	for range 2 {
+		addrs, err := netlink.AddrList(card, netlink.FAMILY_V4)
+		if err != nil || len(addrs) != 1 || addrs[0].IPNet.String() != "10.0.2.15/24" || addrs[0].Broadcast.String() != "10.0.2.255" {
+			t.Errorf("addresses: %v, %v", addrs, err)
+		}
+		routes, err := netlink.RouteGet(net.IPv4(8, 8, 8, 8))
+		if err != nil || len(routes) != 1 || !routes[0].Gw.Equal(net.IPv4(10, 0, 2, 2)) || routes[0].LinkIndex != card.Attrs().Index {
+			t.Errorf("route: %v, %v", routes, err)
+		}
+		if err := l.apply(card); err != nil { // once more changes nothing
+			t.Fatal(err)
+		}
+	}
+	small := &lease{addr: netip.MustParsePrefix("10.0.2.15/24"), mtu: 1400}
+	if err := small.apply(card); err != nil {
+		t.Fatal(err)
+	}
+	small.mtu = 575 // what the protocol does not allow is not done
+	if err := small.apply(card); err != nil {
+		t.Fatal(err)
+	}
+	if card, err = netlink.LinkByName("card"); err != nil || card.Attrs().MTU != 1400 {
+		t.Errorf("mtu: %v, %v", card, err)
+	}
+	if err := (&lease{addr: small.addr, router: netip.MustParseAddr("192.0.2.1")}).apply(card); err == nil {
+		t.Error("a router out of reach is accepted")
+	}
+}
+
 func TestResolvConfIsClean(t *testing.T) {
 	l := &lease{domain: "a\nnameserver 6.6.6.6"}
 	if got := l.resolvConf(); len(got) != 0 {
@@ -170,30 +269,28 @@ func TestResolvConfIsClean(t *testing.T) {
 }
 
 func TestFirstCard(t *testing.T) {
-	class := t.TempDir()
-	add := func(name, index, mac string, device bool) {
-		dir := filepath.Join(class, name)
-		if device {
-			_ = os.MkdirAll(filepath.Join(dir, "device"), 0o755)
-		} else {
-			_ = os.MkdirAll(dir, 0o755)
-		}
-		_ = os.WriteFile(filepath.Join(dir, "ifindex"), []byte(index+"\n"), 0o644)
-		_ = os.WriteFile(filepath.Join(dir, "address"), []byte(mac+"\n"), 0o644)
+	links := []netlink.Link{}
+	add := func(name string, index int, mac net.HardwareAddr, parent string) {
+		links = append(links, &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: name, Index: index, HardwareAddr: mac, ParentDev: parent}})
 	}
-	add("lo", "1", "00:00:00:00:00:00", false)
-	if _, err := firstCard(class); !errors.Is(err, errNoCard) {
+	add("lo", 1, make(net.HardwareAddr, 6), "")
+	if _, err := firstCard(links); !errors.Is(err, errNoCard) {
 		t.Errorf("no card: %v", err)
 	}
-	add("eth1", "10", "52:54:00:00:00:01", true)
-	add("eth9", "9", "52:54:00:0a:ff:02", true)
-	c, err := firstCard(class)
-	if err != nil || c.name != "eth9" || c.mac != [6]byte{0x52, 0x54, 0, 0x0a, 0xff, 2} {
+	add("eth1", 10, net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}, "virtio1")
+	add("eth9", 9, net.HardwareAddr{0x52, 0x54, 0, 0x0a, 0xff, 2}, "virtio2")
+	add("eth11", 11, net.HardwareAddr{0x52, 0x54, 0, 0, 0, 3}, "virtio3")
+	c, err := firstCard(links)
+	if err != nil || c.Attrs().Name != "eth9" || c.Attrs().HardwareAddr.String() != "52:54:00:0a:ff:02" {
 		t.Errorf("%+v, %v", c, err)
 	}
-	add("eth0", "2", "nonsense", true)
-	if _, err := firstCard(class); err == nil {
-		t.Error("a card without an address")
+	for _, mac := range []net.HardwareAddr{nil, make(net.HardwareAddr, 20)} {
+		n := len(links)
+		add("eth0", 2, mac, "virtio0")
+		if _, err := firstCard(links); err == nil {
+			t.Errorf("a card with address %q", mac)
+		}
+		links = links[:n]
 	}
 }
 

@@ -5,53 +5,34 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
+	"net"
 	"os"
 	"path/filepath"
-	"runtime"
-	"strconv"
-	"strings"
 	"time"
-	"unsafe"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
+// macLen is the length of an Ethernet address.
+const macLen = 6
+
 var errNoCard = errors.New("the guest has no network card")
 
-// card is a network card of the guest.
-type card struct {
-	name  string
-	index int
-	mac   [6]byte
-}
-
-// firstCard finds the card with the lowest index; class is /sys/class/net.
-func firstCard(class string) (*card, error) {
-	names, err := os.ReadDir(class)
-	if err != nil {
-		return nil, err
-	}
-	var first *card
-	for _, n := range names {
-		dir := filepath.Join(class, n.Name())
-		// Interfaces that are not hardware, such as lo, have no device.
-		if _, err := os.Stat(filepath.Join(dir, "device")); err != nil {
+// firstCard finds the card with the lowest index.
+func firstCard(links []netlink.Link) (netlink.Link, error) {
+	var first netlink.Link
+	for _, l := range links {
+		a := l.Attrs()
+		// Interfaces that are not hardware, such as lo, have no parent device.
+		if a.ParentDev == "" {
 			continue
 		}
-		c := &card{name: n.Name()}
-		if c.index, err = strconv.Atoi(readLine(dir, "ifindex")); err != nil {
-			return nil, fmt.Errorf("card %s: ifindex: %w", c.name, err)
+		if len(a.HardwareAddr) != macLen {
+			return nil, fmt.Errorf("card %s: address is %q, want that of an Ethernet card", a.Name, a.HardwareAddr)
 		}
-		var m [6]uint
-		if k, err := fmt.Sscanf(readLine(dir, "address"), "%02x:%02x:%02x:%02x:%02x:%02x", &m[0], &m[1], &m[2], &m[3], &m[4], &m[5]); k != 6 {
-			return nil, fmt.Errorf("card %s: address: %w", c.name, err)
-		}
-		for i, b := range m {
-			c.mac[i] = byte(b)
-		}
-		if first == nil || c.index < first.index {
-			first = c
+		if first == nil || a.Index < first.Attrs().Index {
+			first = l
 		}
 	}
 	if first == nil {
@@ -60,56 +41,86 @@ func firstCard(class string) (*card, error) {
 	return first, nil
 }
 
-func readLine(dir, name string) string {
-	b, _ := os.ReadFile(filepath.Join(dir, name))
-	return strings.TrimSpace(string(b))
+// linkUp sets a network interface up.
+func linkUp(name string) error {
+	l, err := netlink.LinkByName(name)
+	if err == nil {
+		err = netlink.LinkSetUp(l)
+	}
+	if err != nil {
+		return fmt.Errorf("set %s up: %w", name, err)
+	}
+	return nil
 }
 
 // DHCP implements System. The lease is not renewed: its server is the
 // hypervisor's own, which gives an address to one guest and never takes it back.
 func (g *Guest) DHCP(ctx context.Context) error {
-	c, err := firstCard("/sys/class/net")
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list network cards: %w", err)
+	}
+	card, err := firstCard(links)
 	if err != nil {
 		return err
 	}
+	name := card.Attrs().Name
 	// Duplicate address detection holds IPv6 link-local addresses back for a
 	// second, and on the wire there is only the hypervisor.
-	dad := filepath.Join("/proc/sys/net/ipv6/conf", c.name, "accept_dad")
+	dad := filepath.Join("/proc/sys/net/ipv6/conf", name, "accept_dad")
 	if err := os.WriteFile(dad, []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := linkUp(c.name); err != nil {
-		return err
-	}
-	l, err := c.lease(ctx)
+	l, err := configureCard(ctx, card)
 	if err != nil {
-		return fmt.Errorf("card %s: %w", c.name, err)
-	}
-	if err := c.apply(l); err != nil {
-		return fmt.Errorf("card %s: %w", c.name, err)
+		return fmt.Errorf("card %s: %w", name, err)
 	}
 	return os.WriteFile(ResolvConf, l.resolvConf(), 0o644)
 }
 
-func (c *card) lease(ctx context.Context) (*lease, error) {
+// configureCard sets a card up, gets a lease by it and gives it what that says.
+func configureCard(ctx context.Context, card netlink.Link) (*lease, error) {
+	if err := netlink.LinkSetUp(card); err != nil {
+		return nil, fmt.Errorf("set up: %w", err)
+	}
+	l, err := leaseOf(ctx, card.Attrs())
+	if err != nil {
+		return nil, err
+	}
+	return l, l.apply(card)
+}
+
+// leaseOf gets a lease by a card.
+func leaseOf(ctx context.Context, card *netlink.LinkAttrs) (*lease, error) {
+	s, err := openCard(card)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = s.file.Close() }()
+	stop := context.AfterFunc(ctx, func() { _ = s.file.SetReadDeadline(past) })
+	defer stop()
+	return dhcp(ctx, s, [macLen]byte(card.HardwareAddr))
+}
+
+// openCard opens a socket for the IPv4 packets of a card, which may be without
+// an address.
+func openCard(card *netlink.LinkAttrs) (*cardSocket, error) {
 	proto := binary.NativeEndian.Uint16([]byte{unix.ETH_P_IP >> 8, unix.ETH_P_IP & 0xff})
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("packet socket: %w", err)
 	}
 	s := &cardSocket{file: os.NewFile(uintptr(fd), "packet socket")}
-	defer func() { _ = s.file.Close() }()
-	to := &unix.SockaddrLinklayer{Protocol: proto, Ifindex: c.index, Halen: 6}
+	to := &unix.SockaddrLinklayer{Protocol: proto, Ifindex: card.Index, Halen: macLen}
 	if err := unix.Bind(fd, to); err != nil {
+		_ = s.file.Close()
 		return nil, fmt.Errorf("packet socket: %w", err)
 	}
-	for i := range 6 {
+	for i := range macLen {
 		to.Addr[i] = 0xff
 	}
 	s.to = to
-	stop := context.AfterFunc(ctx, func() { _ = s.file.SetReadDeadline(past) })
-	defer stop()
-	return dhcp(ctx, s, c.mac)
+	return s, nil
 }
 
 // cardSocket is the packetConn of a card.
@@ -140,76 +151,22 @@ func (s *cardSocket) Receive(b []byte, until time.Time) (int, error) {
 	return s.file.Read(b)
 }
 
-// apply configures the card as the lease says.
-func (c *card) apply(l *lease) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	r, err := unix.NewIfreq(c.name)
-	if err != nil {
-		return err
-	}
-	set := func(req uint, addr netip.Addr) error {
-		a := addr.As4()
-		if err := r.SetInet4Addr(a[:]); err != nil {
-			return err
-		}
-		return unix.IoctlIfreq(fd, req, r)
-	}
-	if err := set(unix.SIOCSIFADDR, l.addr.Addr()); err != nil {
+// apply configures a card as the lease says.
+func (l *lease) apply(card netlink.Link) error {
+	addr := &net.IPNet{IP: l.addr.Addr().AsSlice(), Mask: net.CIDRMask(l.addr.Bits(), 32)}
+	if err := netlink.AddrReplace(card, &netlink.Addr{IPNet: addr}); err != nil {
 		return fmt.Errorf("set address %s: %w", l.addr, err)
 	}
-	var mask [4]byte
-	binary.BigEndian.PutUint32(mask[:], ^uint32(0)<<(32-l.addr.Bits()))
-	if err := set(unix.SIOCSIFNETMASK, netip.AddrFrom4(mask)); err != nil {
-		return fmt.Errorf("set netmask of %s: %w", l.addr, err)
-	}
 	if l.mtu >= 576 {
-		r.SetUint32(uint32(l.mtu))
-		if err := unix.IoctlIfreq(fd, unix.SIOCSIFMTU, r); err != nil {
+		if err := netlink.LinkSetMTU(card, l.mtu); err != nil {
 			return fmt.Errorf("set mtu %d: %w", l.mtu, err)
 		}
 	}
 	if l.router.IsValid() {
-		if err := addDefaultRoute(fd, c.name, l.router); err != nil {
+		r := &netlink.Route{LinkIndex: card.Attrs().Index, Gw: l.router.AsSlice()}
+		if err := netlink.RouteReplace(r); err != nil {
 			return fmt.Errorf("add default route by %s: %w", l.router, err)
 		}
-	}
-	return nil
-}
-
-// rtentry is struct rtentry of route(4) on 64-bit Linux.
-type rtentry struct {
-	_                     uintptr
-	dst, gateway, genmask [16]byte
-	flags                 uint16
-	_                     int16
-	_                     uintptr
-	_                     uintptr
-	metric                int16
-	dev                   *byte
-	mtu, window           uintptr
-	irtt                  uint16
-}
-
-func addDefaultRoute(fd int, dev string, router netip.Addr) error {
-	name, err := unix.BytePtrFromString(dev)
-	if err != nil {
-		return err
-	}
-	sockaddr := func(a [4]byte) (s [16]byte) {
-		binary.NativeEndian.PutUint16(s[:], unix.AF_INET)
-		copy(s[4:], a[:])
-		return s
-	}
-	const up, gateway = 1, 2
-	rt := &rtentry{dst: sockaddr([4]byte{}), genmask: sockaddr([4]byte{}), gateway: sockaddr(router.As4()), flags: up | gateway, dev: name}
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCADDRT, uintptr(unsafe.Pointer(rt)))
-	runtime.KeepAlive(rt)
-	if errno != 0 {
-		return errno
 	}
 	return nil
 }

@@ -12,7 +12,7 @@ import (
 	"runtime"
 	"runtime/debug"
 
-	"github.com/sirupsen/logrus"
+	ctrdlog "github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/hyperhq/runv/agent"
@@ -72,12 +72,14 @@ func run() error {
 		return err
 	}
 	logger := log.New(os.Stderr, "runv-agent: ", 0)
+	level := ctrdlog.ErrorLevel
 	if params.Debug {
 		logger.SetFlags(log.Lmicroseconds)
-		logrus.SetLevel(logrus.DebugLevel)
-	} else {
-		// The ttrpc library's; what matters is in the answers.
-		logrus.SetLevel(logrus.ErrorLevel)
+		level = ctrdlog.DebugLevel
+	}
+	// Of the ttrpc library's log; what matters is in the answers.
+	if err := ctrdlog.SetLevel(level.String()); err != nil {
+		return err
 	}
 	// Containers get a hard limit that a server can live with; the soft one is
 	// lowered again for each (see spawn.Spec).
