@@ -34,6 +34,7 @@ export RUNV_TEST_INITRD ?= $(CACHE)/guest/initrd.img
 
 FUZZTIME ?= 20s
 DEMO     ?=
+BENCH    ?=
 
 .PHONY: help
 help: ## Show this list
@@ -88,6 +89,13 @@ integration: guest ## Run the end-to-end tests against the built binaries (as ro
 .PHONY: validate
 validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as root)
 	cd tests/oci && $(GO) run .
+
+.PHONY: bench
+bench: guest ## Measure runv beside runc, crun and runsc (as root); BENCH='--quick' or other flags
+	@tests/bench/setup.sh
+	@mkdir -p $(CACHE)/bin
+	@$(GO) build -o $(CACHE)/bin/runv-bench ./tests/bench
+	@$(CACHE)/bin/runv-bench --runv $(RUNV_BIN) --kernel $(RUNV_TEST_KERNEL) --initrd $(RUNV_TEST_INITRD) $(BENCH)
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME (20s)

@@ -47,11 +47,13 @@ func newChildren() (*children, error) {
 // start forks and returns the pid and where its end is delivered. The new
 // process is a session of its own: a terminal's interrupt is this program's
 // affair.
-func (c *children) start(argv []string, files [3]uintptr) (int, <-chan exit, error) {
+func (c *children) start(argv []string, io stdio, files [3]uintptr) (pid int, _ <-chan exit, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	pid, err := syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{
-		Dir: "/", Env: os.Environ(), Files: files[:], Sys: &syscall.SysProcAttr{Setsid: true},
+	io.in.do(func() {
+		pid, err = syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{
+			Dir: "/", Env: os.Environ(), Files: files[:], Sys: &syscall.SysProcAttr{Setsid: true},
+		})
 	})
 	if err != nil {
 		return 0, nil, fmt.Errorf("start %s: %w", argv[0], err)
@@ -128,9 +130,12 @@ type call struct {
 	took  time.Duration // from before the fork to the end of the process
 }
 
-// stdio says where a command's output goes: nil is /dev/null. Standard error is
-// a file, which is quoted if the command fails.
-type stdio struct{ out *os.File }
+// stdio says where a command runs and where its output goes: nil is /dev/null.
+// Standard error is a file, which is quoted if the command fails.
+type stdio struct {
+	out *os.File
+	in  *namespace
+}
 
 // run runs a command to its end. A status other than 0 is an error with the last
 // line that the command wrote.
@@ -156,7 +161,7 @@ func (c *children) run(ctx context.Context, argv []string, io stdio) (call, erro
 	}
 
 	began := time.Now()
-	pid, done, err := c.start(argv, [3]uintptr{null.Fd(), out.Fd(), stderr.Fd()})
+	pid, done, err := c.start(argv, io, [3]uintptr{null.Fd(), out.Fd(), stderr.Fd()})
 	if err != nil {
 		return call{}, err
 	}
@@ -184,13 +189,13 @@ func (c *children) run(ctx context.Context, argv []string, io stdio) (call, erro
 }
 
 // output runs a command and returns what it wrote to standard output.
-func (c *children) output(ctx context.Context, argv ...string) (string, error) {
+func (c *children) output(ctx context.Context, in *namespace, argv ...string) (string, error) {
 	out, err := memoryFile("stdout")
 	if err != nil {
 		return "", err
 	}
 	defer out.Close()
-	_, err = c.run(ctx, argv, stdio{out: out})
+	_, err = c.run(ctx, argv, stdio{out: out, in: in})
 	return contents(out), err
 }
 

@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -55,6 +56,15 @@ func newBench(o options, progress func(string, ...any)) (*bench, error) {
 	b.all = peers(o)
 	for i, r := range b.all {
 		r.dir = filepath.Join(b.dir, strconv.Itoa(i))
+		// crun refuses hosts that mount both versions of cgroups.
+		if r.program != "crun" || !hybridCgroups() {
+			continue
+		}
+		if r.in, err = onlyCgroup2(); err != nil {
+			return nil, errors.Join(err, os.RemoveAll(b.dir))
+		}
+		r.note = "cgroup v2 alone"
+		b.undo = append(b.undo, func(context.Context) { r.in.close() })
 	}
 	b.result.Machine = describe(b.dir)
 	return b, nil
@@ -90,7 +100,7 @@ func (b *bench) id(r *contender) string {
 func (b *bench) remove(r *contender, id string) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
 	defer cancel()
-	_, _ = b.children.run(ctx, r.command("delete", "--force", id), stdio{})
+	_, _ = b.children.run(ctx, r.command("delete", "--force", id), stdio{in: r.in})
 	b.forget(r, id)
 }
 
@@ -117,7 +127,7 @@ func (b *bench) inits(r *contender) map[int]bool {
 func (b *bench) create(ctx context.Context, r *contender, bundle string, out *os.File) (id string, pid int, c call, err error) {
 	id = b.id(r)
 	pidFile := filepath.Join(r.dir, id+".pid")
-	c, err = b.children.run(ctx, r.command("create", "--bundle", r.bundle(bundle), "--pid-file", pidFile, id), stdio{out: out})
+	c, err = b.children.run(ctx, r.command("create", "--bundle", r.bundle(bundle), "--pid-file", pidFile, id), stdio{out: out, in: r.in})
 	if err != nil {
 		return id, 0, c, err
 	}
@@ -161,7 +171,7 @@ func (b *bench) round(ctx context.Context, r *contender) error {
 // once runs a container that ends at once.
 func (b *bench) once(ctx context.Context, r *contender) error {
 	id := b.id(r)
-	c, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{})
+	c, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{in: r.in})
 	if err != nil {
 		b.remove(r, id)
 		return err
@@ -189,7 +199,7 @@ func (b *bench) lifecycle(ctx context.Context, r *contender) error {
 		{"state", []string{"state", id}},
 		{"kill", []string{"kill", id, "KILL"}},
 	} {
-		c, err := b.children.run(ctx, r.command(op.args...), stdio{})
+		c, err := b.children.run(ctx, r.command(op.args...), stdio{in: r.in})
 		if err != nil {
 			b.remove(r, id)
 			return err
@@ -200,7 +210,7 @@ func (b *bench) lifecycle(ctx context.Context, r *contender) error {
 		b.remove(r, id)
 		return fmt.Errorf("%s: %w", r.name, err)
 	}
-	if c, err = b.children.run(ctx, r.command("delete", id), stdio{}); err != nil {
+	if c, err = b.children.run(ctx, r.command("delete", id), stdio{in: r.in}); err != nil {
 		b.remove(r, id)
 		return err
 	}
@@ -251,7 +261,7 @@ func (b *bench) firstByte(ctx context.Context, r *contender) error {
 	id, pid, c, err := b.create(ctx, r, "byte", write)
 	defer b.remove(r, id)
 	if err == nil {
-		_, err = b.children.run(ctx, r.command("start", id), stdio{})
+		_, err = b.children.run(ctx, r.command("start", id), stdio{in: r.in})
 	}
 	if err != nil {
 		_ = read.SetReadDeadline(time.Now())
@@ -275,7 +285,6 @@ const failuresAllowed = 3
 // operations measures A B C A B C … until the rounds are done or the time is up.
 // Every runtime gets one round at least.
 func (b *bench) operations(ctx context.Context, limit time.Duration) {
-	began := time.Now()
 	used := map[*contender]time.Duration{}
 	failed := map[*contender]int{}
 	out := map[*contender]bool{}
@@ -284,9 +293,7 @@ func (b *bench) operations(ctx context.Context, limit time.Duration) {
 			if ctx.Err() != nil {
 				return
 			}
-			// Who is slow must not take the others' time.
-			share := 2 * limit / time.Duration(len(b.available())+1)
-			if !out[r] && round > 0 && (time.Since(began) > limit || used[r] > share) {
+			if !out[r] && round > 0 && used[r] >= b.allotted(r, used, round, limit) {
 				out[r] = true
 				b.result.leaveOut("%s: %d of %d rounds of the operations, for want of time", r.name, round, b.o.rounds)
 			}
@@ -313,22 +320,33 @@ func (b *bench) operations(ctx context.Context, limit time.Duration) {
 	}
 }
 
+// allotted is the time that a runtime may use for all rounds, judged after some.
+// Who is slow takes what the others do not need, and no more.
+func (b *bench) allotted(r *contender, used map[*contender]time.Duration, rounds int, limit time.Duration) time.Duration {
+	rs := b.available()
+	needs := make([]time.Duration, len(rs))
+	for i, r := range rs {
+		needs[i] = used[r] / time.Duration(rounds) * time.Duration(b.o.rounds)
+	}
+	return share(limit, needs)[slices.Index(rs, r)]
+}
+
 // throughput measures complete containers per second, from run to its end, with
 // several at once.
 func (b *bench) throughput(ctx context.Context, limit time.Duration) {
-	began := time.Now()
 	steps := b.o.passes * len(b.o.atOnce)
 	window := limit / time.Duration(steps*max(1, len(b.available())))
 	used := map[*contender]time.Duration{}
+	out := map[*contender]int{}
 	for pass := range b.o.passes {
 		for _, n := range b.o.atOnce {
 			for _, r := range b.available() {
 				if ctx.Err() != nil {
 					return
 				}
-				share := 2 * limit / time.Duration(len(b.available())+1)
-				if pass > 0 && (time.Since(began) > limit || used[r] > share) {
-					b.result.leaveOut("%s: starts per second, %d at once, pass %d of %d, for want of time", r.name, n, pass+1, b.o.passes)
+				// Everything is measured once at least.
+				if pass > 0 && used[r]+window > limit/time.Duration(len(b.available())) {
+					out[r]++
 					continue
 				}
 				b.progress("starts per second: %d at once, pass %d of %d: %s", n, pass+1, b.o.passes, r.name)
@@ -336,6 +354,11 @@ func (b *bench) throughput(ctx context.Context, limit time.Duration) {
 				b.crowd(ctx, r, n, window)
 				used[r] += time.Since(t)
 			}
+		}
+	}
+	for _, r := range b.available() {
+		if out[r] > 0 {
+			b.result.leaveOut("%s: %d of %d measurements of starts per second, for want of time", r.name, out[r], steps)
 		}
 	}
 }
@@ -356,7 +379,7 @@ func (b *bench) crowd(ctx context.Context, r *contender, n int, window time.Dura
 		wg.Go(func() {
 			for failed := false; !failed && ctx.Err() == nil; {
 				id := b.id(r)
-				c, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{})
+				c, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{in: r.in})
 				if failed = err != nil; failed {
 					if ctx.Err() == nil {
 						b.result.fail(r.name, err)
@@ -443,7 +466,7 @@ func (b *bench) grow(ctx context.Context, r *contender, limit time.Duration) {
 		id, _, create, err := b.create(ctx, r, "idle", nil)
 		var start call
 		if err == nil {
-			start, err = b.children.run(ctx, r.command("start", id), stdio{})
+			start, err = b.children.run(ctx, r.command("start", id), stdio{in: r.in})
 		}
 		if err != nil {
 			if ctx.Err() == nil {
@@ -533,7 +556,7 @@ func (b *bench) measure(ctx context.Context) {
 	}
 	for _, r := range b.all {
 		b.result.Runtimes = append(b.result.Runtimes, contenderInfo{
-			Name: r.name, Program: filepath.Base(r.program), Version: r.version, Flags: b.shown(r), Why: r.why,
+			Name: r.name, Program: filepath.Base(r.program), Version: r.version, Flags: b.shown(r), Note: r.note, Why: r.why,
 		})
 	}
 	left := b.o.time - time.Since(began)

@@ -37,6 +37,7 @@ type contenderInfo struct {
 	Program string   `json:"program"`
 	Version string   `json:"version,omitempty"`
 	Flags   []string `json:"flags,omitempty"`
+	Note    string   `json:"note,omitempty"`
 	Why     string   `json:"not_available,omitempty"`
 }
 
@@ -214,6 +215,9 @@ func (r *result) tables() []table {
 	who := table{title: "Runtimes", rows: [][]string{{"runtime", "version", "flags", ""}}}
 	for _, c := range r.Runtimes {
 		state := "measured"
+		if c.Note != "" {
+			state += ", " + c.Note
+		}
 		if c.Why != "" {
 			state = "not available: " + c.Why
 		}

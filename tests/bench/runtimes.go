@@ -28,9 +28,12 @@ type contender struct {
 	prepare, undo [][]string
 	// pool: containers are made from a stock that is filled in the background.
 	pool bool
+	// in is where its commands run, nil where this program does.
+	in *namespace
 
 	dir     string // everything of it is below; contains root and bundles
 	version string
+	note    string // what else is special about how it runs
 	why     string // not empty: not available, for this reason
 }
 
@@ -93,7 +96,6 @@ func peers(o options) []*contender {
 			}
 		}
 	}
-	// crun refuses hosts that mount both versions of cgroups.
 	crun := &contender{name: "crun", program: "crun", choices: [][]string{nil, {"--cgroup-manager=disabled"}}}
 	all = append(all, &contender{name: "runc", program: "runc"}, crun, runsc)
 	if len(o.only) == 0 {
@@ -121,11 +123,11 @@ func (b *bench) ready(ctx context.Context, r *contender) error {
 	if r.program, err = filepath.Abs(path); err != nil {
 		return err
 	}
-	if text, err := b.children.output(ctx, r.program, "--version"); err == nil {
+	if text, err := b.children.output(ctx, r.in, r.program, "--version"); err == nil {
 		r.version = version(text)
 	}
 	if len(r.needs) > 0 {
-		help, err := b.children.output(ctx, r.program, "manage", "--help")
+		help, err := b.children.output(ctx, r.in, r.program, "manage", "--help")
 		if err != nil {
 			return err
 		}
@@ -143,11 +145,11 @@ func (b *bench) ready(ctx context.Context, r *contender) error {
 	}
 	b.undo = append(b.undo, func(ctx context.Context) {
 		for _, args := range r.undo {
-			_, _ = b.children.run(ctx, r.command(args...), stdio{})
+			_, _ = b.children.run(ctx, r.command(args...), stdio{in: r.in})
 		}
 	})
 	for _, args := range r.prepare {
-		if _, err := b.children.run(ctx, r.command(args...), stdio{}); err != nil {
+		if _, err := b.children.run(ctx, r.command(args...), stdio{in: r.in}); err != nil {
 			return err
 		}
 	}
@@ -171,7 +173,7 @@ func (b *bench) try(ctx context.Context, r *contender) error {
 	defer cancel()
 	id := b.id(r)
 	defer b.remove(r, id)
-	_, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{})
+	_, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{in: r.in})
 	return err
 }
 
@@ -185,7 +187,7 @@ func (b *bench) stocked(ctx context.Context, r *contender) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		text, err := b.children.output(ctx, r.command("manage", "factory", "status", "--format", "json")...)
+		text, err := b.children.output(ctx, r.in, r.command("manage", "factory", "status", "--format", "json")...)
 		if err != nil {
 			return err
 		}

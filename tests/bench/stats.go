@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"math"
 	"slices"
+	"time"
 )
 
 // summary is what is said of a series: five numbers that do not suffer from one
@@ -46,4 +48,20 @@ func ratio(a, b float64) float64 {
 		return 0
 	}
 	return a / b
+}
+
+// share divides limit among needs: who needs less than an equal part gets what
+// it needs, and the others divide what that leaves equally.
+func share(limit time.Duration, needs []time.Duration) []time.Duration {
+	order := make([]int, len(needs))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int { return cmp.Compare(needs[a], needs[b]) })
+	parts := make([]time.Duration, len(needs))
+	for k, i := range order {
+		parts[i] = min(needs[i], limit/time.Duration(len(needs)-k))
+		limit -= parts[i]
+	}
+	return parts
 }

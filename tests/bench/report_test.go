@@ -1,0 +1,141 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"io"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func sample() *result {
+	r := &result{Schema: schema, Machine: machine{CPU: "a & b", Cores: 2, Memory: 1 << 34, Kernel: "6.1", KVM: "not available", State: "tmpfs"}}
+	r.Runtimes = []contenderInfo{
+		{Name: "runv <cold>"},
+		{Name: "runv pool", Why: "too old"},
+		{Name: "runc", Version: "1.2"},
+	}
+	for i := range 5 {
+		r.add("runv <cold>", "run", time.Duration(100+i)*time.Millisecond)
+		r.add("runc", "run", time.Duration(50+i)*time.Millisecond)
+	}
+	r.addRate("runc", 4, 40)
+	r.addRate("runc", 4, 50)
+	r.addRate("runv <cold>", 4, 9)
+	r.Growth = []*growth{
+		{Runtime: "runv <cold>", Wanted: 50, Points: []point{{0, 0, 0}, {1, 100e6, 3}, {3, 160e6, 9}}, StartMS: []float64{900, 1000, 1100}, LeftOut: "the rest"},
+		{Runtime: "runc", Wanted: 50, Points: []point{{1, 2e6, 1}}},
+	}
+	r.leaveOut("%s: %s", "runv <cold>", "the rest")
+	return r
+}
+
+func TestReport(t *testing.T) {
+	r := sample()
+	var text bytes.Buffer
+	if err := r.text(&text); err != nil {
+		t.Fatal(err)
+	}
+	md := r.markdown()
+	for _, c := range []struct{ what, in string }{
+		{"runv pool", text.String()},
+		{"not available: too old", text.String()},
+		{"LEFT OUT\nrunv <cold>: the rest", text.String()},
+		{"| operation | runv <cold> | runc |", md},
+		{"| run | 102 | 52.0 |", md},
+		{"| run | 1.96 | 1.00 |", md},
+		{"| each further one | 30.0 | – |", md},
+		{"| 3 | 160 (9) | – |", md},
+		{"| 4 | 9.00 | 45.0 (40.0 to 50.0) |", md},
+		{"| 1 to 3 | 1000 | – |", md},
+		{"100 101 **102** 103 104 (5)", md},
+	} {
+		if !strings.Contains(c.in, c.what) {
+			t.Errorf("%q is missing in:\n%s", c.what, c.in)
+		}
+	}
+	if strings.Contains(md, "Beside runsc") {
+		t.Error("ratios to a runtime that took no part")
+	}
+}
+
+// What was saved gives the same report again.
+func TestSaved(t *testing.T) {
+	r := sample()
+	o := options{json: filepath.Join(t.TempDir(), "r.json")}
+	if err := r.save(o); err != nil {
+		t.Fatal(err)
+	}
+	again, err := loadResult(o.json)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, b := r.markdown(), again.markdown(); a != b {
+		t.Errorf("%s\nand from the file:\n%s", a, b)
+	}
+	text, err := json.Marshal(map[string]int{"schema": schema + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := write(o.json, text); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := loadResult(o.json); err == nil {
+		t.Error("a result of another schema was read")
+	}
+}
+
+func TestInsert(t *testing.T) {
+	for _, c := range []struct{ old, want string }{
+		{"", "new\n"},
+		{"a\n" + markBegin + "\nold\n" + markEnd + "\nz\n", "a\n" + markBegin + "\nnew\n" + markEnd + "\nz\n"},
+		{"a\n" + markBegin + "\nno end\n", "new\n"},
+	} {
+		if got := insert(c.old, "new\n"); got != c.want {
+			t.Errorf("%q: %q, want %q", c.old, got, c.want)
+		}
+	}
+}
+
+// The plot is well-formed XML, also of nothing.
+func TestPlot(t *testing.T) {
+	for name, r := range map[string]*result{"full": sample(), "empty": {}} {
+		d := xml.NewDecoder(strings.NewReader(r.plot()))
+		for {
+			_, err := d.Token()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		for _, bad := range []string{"NaN", "Inf"} {
+			if strings.Contains(r.plot(), bad) {
+				t.Errorf("%s: %s in the plot", name, bad)
+			}
+		}
+	}
+}
+
+func TestDecades(t *testing.T) {
+	for _, c := range []struct {
+		values []float64
+		want   scale
+	}{
+		{nil, scale{1, 10}},
+		{[]float64{0, -3}, scale{1, 10}},
+		{[]float64{10}, scale{10, 100}},
+		{[]float64{3, 250}, scale{1, 1000}},
+		{[]float64{0.02}, scale{0.01, 0.1}},
+	} {
+		got := decades(c.values)
+		if ratio(got.from, c.want.from) < 0.999 || ratio(got.from, c.want.from) > 1.001 || ratio(got.to, c.want.to) < 0.999 || ratio(got.to, c.want.to) > 1.001 {
+			t.Errorf("%v: %v, want %v", c.values, got, c.want)
+		}
+	}
+}
