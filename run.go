@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/urfave/cli/v3"
+	"golang.org/x/sys/unix"
 )
 
 func (a *app) runCommand() *cli.Command {
@@ -97,6 +98,8 @@ func (a *app) explain(id string) {
 	case err != nil:
 	case ct.Reason != "":
 		a.log.fatal(oneLine(fmt.Sprintf("container %s ended: %s", id, ct.Reason)))
+	case !ct.HalfMade && ct.OOMKilled && ct.ExitSignal == int(unix.SIGKILL):
+		a.log.fatal(fmt.Sprintf("container %s ended: its memory limit was reached, and the guest's kernel killed it", id))
 	case !ct.HalfMade && ct.Record.Status != ct.Status && !ct.Supervisor.Alive():
 		a.log.fatal(fmt.Sprintf("container %s ended: its supervisor, process %d, is gone", id, ct.Supervisor.Pid))
 	}

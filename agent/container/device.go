@@ -111,7 +111,8 @@ func (b *builder) device(d *agentv1.Device) error {
 	node := b.in.nodes[d.GetPath()]
 	if node == nil {
 		err := makeNode(dir, name, d)
-		if err == nil || !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EEXIST) {
+		if err == nil || !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EEXIST) &&
+			!errors.Is(err, unix.ENXIO) { // QEMU's file server makes no special files
 			return err
 		}
 		guest, oerr := b.guestNode(d)
