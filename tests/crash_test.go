@@ -175,6 +175,7 @@ func TestKilledRun(t *testing.T) {
 			id := r.name()
 			b := r.start(nil, "run", "--bundle", r.bundle(sh("echo ready; sleep 1000")), id)
 			waitFor(t, "the program", func() bool { return strings.Contains(b.output(), "ready") })
+			r.waitStatus(id, "running")
 			if what == "cli" {
 				if err := b.cmd.Process.Kill(); err != nil {
 					t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -195,12 +196,46 @@ func TestMountsStayInside(t *testing.T) {
 	}
 }
 
-// Devices that a virtual machine cannot have are refused by name.
+// A device of the host is refused by name; one that the host does not have is
+// a node like any other.
 func TestDevices(t *testing.T) {
 	t.Parallel()
 	vmOnly(t)
-	r := newRTNoSlot(t)
-	s := spec("true")
-	s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/sdz9", Type: "b", Major: 8, Minor: 25}}
-	r.refused([]string{"linux.devices[0]", "/dev/sdz9"}, "run", "--bundle", r.bundle(s), r.name())
+	r := newRT(t)
+	text, err := os.ReadFile("/proc/partitions")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if len(f) != 4 || f[0] == "major" {
+			continue
+		}
+		major, err := strconv.ParseInt(f[0], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		minor, err := strconv.ParseInt(f[1], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := "/dev/" + f[3]
+		if _, err := os.Stat(path); err != nil {
+			continue
+		}
+		s := spec("true")
+		s.Linux.Devices = []specs.LinuxDevice{{Path: path, Type: "b", Major: major, Minor: minor}}
+		r.refused([]string{"linux.devices[0]", path}, "run", "--bundle", r.bundle(s), r.name())
+		break
+	}
+	s := sh("test -b /dev/none && stat -c '%t:%T %a' /dev/none; echo x > /dev/null; test -c /dev/null && echo null; head -c 2 /dev/zero | od -An -tx1")
+	s.Linux.Devices = []specs.LinuxDevice{{Path: "/dev/none", Type: "b", Major: 8, Minor: 666, FileMode: ptr(os.FileMode(0o600))}}
+	if res := r.run(s); res.code != 0 || res.stdout != "8:29a 600\nnull\n 00 00\n" {
+		t.Errorf("code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
+	s = sh("echo x > /dev/null; test -c /dev/null && echo null; head -c 2 /dev/zero | od -An -tx1")
+	s.Mounts, s.Linux.MaskedPaths, s.Linux.ReadonlyPaths = s.Mounts[:1], nil, nil
+	if res := r.run(s); res.code != 0 || res.stdout != "null\n 00 00\n" {
+		t.Errorf("without a mount on /dev: code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
 }
