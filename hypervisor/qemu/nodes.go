@@ -150,11 +150,11 @@ func (n *nodes) install() {
 }
 
 func (n *nodes) tryInstall() error {
-	// 5.14 is the first kernel that answers with a descriptor in one step
-	// (SECCOMP_ADDFD_FLAG_SEND). It cannot be asked without a notification, and a
-	// filter that has been installed stays.
-	if release := kernelRelease(); !atLeast(release, 5, 14) {
-		return fmt.Errorf("kernel %s is older than 5.14", release)
+	// 5.9 is the first kernel that gives descriptors away (SECCOMP_IOCTL_NOTIF_ADDFD).
+	// It cannot be asked without a notification, and a filter that has been
+	// installed stays.
+	if release := kernelRelease(); !atLeast(release, 5, 9) {
+		return fmt.Errorf("kernel %s is older than 5.9", release)
 	}
 	filter, err := nodesFilter()
 	if err != nil {
@@ -274,29 +274,37 @@ func (n *nodes) serve() {
 			return // POLLHUP
 		}
 		var req notification
-		if err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&req)); err != nil {
+		if _, err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&req)); err != nil {
 			continue // it went away between the two calls, with its thread
 		}
 		n.answer(&req)
 	}
 }
 
-func (n *nodes) ioctl(request uintptr, arg unsafe.Pointer) error {
+func (n *nodes) ioctl(request uintptr, arg unsafe.Pointer) (int, error) {
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(n.listener), request, uintptr(arg))
+		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(n.listener), request, uintptr(arg))
 		if errno == 0 {
-			return nil
+			return int(r), nil
 		}
 		if errno != unix.EINTR {
-			return errno
+			return -1, errno
 		}
 	}
+}
+
+// send answers a call; false if its thread is gone, or was interrupted and will
+// ask again.
+func (n *nodes) send(r response) bool {
+	_, err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
+	return err == nil
 }
 
 // valid tells whether the thread still waits in the call, so that what has been
 // read of its memory was the call's.
 func (n *nodes) valid(req *notification) bool {
-	return n.ioctl(unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&req.id)) == nil
+	_, err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&req.id))
+	return err == nil
 }
 
 // answer lets one call go on unless it is about a special file.
@@ -319,14 +327,12 @@ func (n *nodes) answer(req *notification) {
 			}
 			resp.err = -int32(errno)
 		}
-		if n.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&resp)) == nil {
+		if n.send(resp) {
 			n.forget(i)
 		}
 		return
 	}
-	// An error means that the thread is gone, or was interrupted and will ask
-	// again.
-	_ = n.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&resp))
+	n.send(resp)
 }
 
 // open answers an open of a special file with a memfd; false if the call is
@@ -350,10 +356,13 @@ func (n *nodes) open(req *notification) bool {
 	if m.node < 0 {
 		return false
 	}
-	// If QEMU has gone on meanwhile, because of a signal or its end, this fails
-	// and leaves nothing with it.
-	add := addFD{id: req.id, flags: unix.SECCOMP_ADDFD_FLAG_SEND, src: uint32(m.memfd), dstFlags: uint32(req.args[2]) & unix.O_CLOEXEC}
-	if err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&add)); err != nil {
+	// In two steps, not in one by SECCOMP_ADDFD_FLAG_SEND: a signal to our thread,
+	// and the Go runtime sends itself many, may interrupt that one between the
+	// steps, and QEMU goes on with descriptor 0. Between these two only a signal
+	// to QEMU's thread would leave a descriptor too many there; it blocks all.
+	add := addFD{id: req.id, src: uint32(m.memfd), dstFlags: uint32(req.args[2]) & unix.O_CLOEXEC}
+	fd, err := n.ioctl(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&add))
+	if err != nil {
 		m.close()
 		return false
 	}
@@ -361,6 +370,7 @@ func (n *nodes) open(req *notification) bool {
 		n.forget(0)
 	}
 	n.made = append(n.made, m)
+	n.send(response{id: req.id, val: int64(fd)})
 	return true
 }
 
