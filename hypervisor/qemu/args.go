@@ -30,6 +30,8 @@ type ArgsOptions struct {
 	// QMPFD, ConsoleFD and AgentFD are connected sockets. AgentFD is used with
 	// the serial transport only.
 	QMPFD, ConsoleFD, AgentFD int
+	// LifelineFD is the read end of a pipe for lifelineConfig.
+	LifelineFD int
 	// VhostFD is an open /dev/vhost-vsock, used with the vsock transport only.
 	VhostFD int
 	// TSCKHz is the rate of the host's time stamp counter in kHz, 0 if unknown.
@@ -39,6 +41,14 @@ type ArgsOptions struct {
 	// boots. With it QEMU waits to be told where the state of the devices is.
 	MemoryFD int
 }
+
+// lifelineConfig is a part of QEMU's configuration that it reads from its
+// starter, which writes it when the parent-death signal is in force. A starter
+// that dies between the fork and that moment never does: QEMU reads nothing,
+// misses the object that a device names, and ends. (The check that Go makes
+// there, whether the parent is still the same, cannot work for the init of a pid
+// namespace: it sees no parent and ignores its own signals.)
+const lifelineConfig = "[object \"rng\"]\nqom-type = \"rng-builtin\"\n"
 
 // agentPort is QEMU's id of the agent's serial port. It has to have one for
 // QEMU to tell when the guest opens it.
@@ -158,7 +168,7 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		}
 		b.device("virtio-net", props...)
 	}
-	b.add("-object", "rng-builtin,id=rng")
+	b.add("-readconfig", "/proc/self/fd/"+strconv.Itoa(o.LifelineFD))
 	b.device("virtio-rng", "rng=rng")
 	b.device("virtio-scsi", "id=scsi")
 

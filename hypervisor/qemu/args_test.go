@@ -57,7 +57,7 @@ func TestArgs(t *testing.T) {
 		t.Run(test.golden, func(t *testing.T) {
 			args, err := Args(test.config, ArgsOptions{
 				Arch: test.arch, Accel: test.accel,
-				QMPFD: 3, ConsoleFD: 4, AgentFD: 5, VhostFD: 5, TSCKHz: 2600000,
+				QMPFD: 3, ConsoleFD: 4, LifelineFD: 5, AgentFD: 6, VhostFD: 6, TSCKHz: 2600000,
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -250,6 +250,13 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if console, opts.ConsoleFD, err = pair(); err != nil {
 		return nil, err
 	}
+	lifelineRead, lifeline, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make pipe: %w", err)
+	}
+	child.add(func() { lifelineRead.Close() })
+	child.add(func() { lifeline.Close() })
+	opts.LifelineFD = pass(lifelineRead)
 	if c.Transport == hypervisor.TransportVsock {
 		vhost, err := os.OpenFile("/dev/vhost-vsock", os.O_RDWR, 0)
 		if err != nil {
@@ -298,6 +305,8 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if v.proc, err = d.spawn(c, args, files); err != nil {
 		return nil, err
 	}
+	// It fits into the pipe. That QEMU has gone already is found out below.
+	_, _ = lifeline.WriteString(lifelineConfig)
 	child.run()
 	failed = nil // from here on reap closes everything
 
