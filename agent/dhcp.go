@@ -233,6 +233,9 @@ func dhcpExchange(ctx context.Context, conn packetConn, msg []byte, xid uint32, 
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				break
 			}
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
 			if err != nil {
 				return nil, err
 			}

@@ -97,7 +97,8 @@ func leaseOf(ctx context.Context, card *netlink.LinkAttrs) (*lease, error) {
 		return nil, err
 	}
 	defer func() { _ = s.file.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = s.file.SetReadDeadline(past) })
+	// Closing ends a Receive whatever its deadline is.
+	stop := context.AfterFunc(ctx, func() { _ = s.file.Close() })
 	defer stop()
 	return dhcp(ctx, s, [macLen]byte(card.HardwareAddr))
 }
