@@ -22,8 +22,8 @@ import (
 // CVE-2023-2861 its function for opening files closes what is neither a regular
 // file nor a directory, also if it was opened with O_PATH, which gives access to
 // nothing. So the guest gets ENXIO and the file is removed again. QEMU corrected
-// that in December 2024; the 7.2 of Debian 12 and the QEMU of other stable
-// distributions have the fault.
+// that in December 2024, which has not reached every series: the 7.2 of Debian 12
+// has the fault. A corrected one works as well under the filter.
 //
 // A system call filter makes QEMU stop at exactly these two system calls, and a
 // goroutine of ours answers them (seccomp_unotify(2)). An open of a special file
