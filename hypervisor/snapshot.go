@@ -218,6 +218,10 @@ func EachData(src *os.File, size int64, stop func() error, f func(p []byte, off 
 	return nil
 }
 
+// OptionalKey begins a key of a fingerprint that says what a VM has beyond what
+// it needs for a snapshot: it counts only if the snapshot has it.
+const OptionalKey = "+"
+
 // Difference compares two fingerprints and returns a line for each thing that
 // is not the same, "key: saved with A, now B".
 func Difference(saved, now string) []string {
@@ -227,6 +231,7 @@ func Difference(saved, now string) []string {
 	a, order := fingerprintKeys(saved, nil)
 	b, order := fingerprintKeys(now, order)
 	var out []string
+	optional := false
 	for _, key := range order {
 		x, inA := a[key]
 		y, inB := b[key]
@@ -235,11 +240,13 @@ func Difference(saved, now string) []string {
 			out = append(out, fmt.Sprintf("%s: saved with %q, now %q", key, x, y))
 		case inA && !inB:
 			out = append(out, fmt.Sprintf("%s: saved with %q, now without", key, x))
+		case inB && !inA && strings.HasPrefix(key, OptionalKey):
+			optional = true
 		case inB && !inA:
 			out = append(out, fmt.Sprintf("%s: saved without, now %q", key, y))
 		}
 	}
-	if len(out) == 0 {
+	if len(out) == 0 && !optional {
 		out = append(out, "the same lines in another order")
 	}
 	return out

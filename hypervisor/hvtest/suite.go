@@ -56,6 +56,13 @@ func Run(t *testing.T, d hypervisor.Driver, c hypervisor.Config) {
 		{"Invalid", s.invalid},
 		{"Missing", s.missing},
 		{"Concurrent", s.concurrent},
+		{"Snapshot", s.snapshot},
+		{"Clones", s.clones},
+		{"Tampered", s.tampered},
+		{"Mismatch", s.mismatch},
+		{"Unsealed", s.unsealed},
+		{"CloneCancelled", s.cloneCancelled},
+		{"KilledMeanwhile", s.killedMeanwhile},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := openFiles(t)

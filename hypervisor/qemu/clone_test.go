@@ -2,11 +2,10 @@ package qemu_test
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -99,45 +98,137 @@ func snapshot(tb testing.TB, d *qemu.Driver, c hypervisor.Config, used bool) *hy
 	return settle(tb, v)
 }
 
-func hash(tb testing.TB, f *os.File) string {
-	tb.Helper()
-	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(f, 0, 1<<40)); err != nil {
-		tb.Fatal(err)
-	}
-	return fmt.Sprintf("%x", h.Sum(nil))
-}
-
+// TestClone: five clones, all alive, each with an agent that answers, with and
+// without a network.
 func TestClone(t *testing.T) {
 	for _, confine := range []bool{false, true} {
-		t.Run(fmt.Sprintf("confine=%v", confine), func(t *testing.T) {
-			d, c := setup(t, confine)
-			s := snapshot(t, d, c, true)
-			sum := hash(t, s.Memory)
-			for i := range 5 {
-				c := c
-				c.Name = fmt.Sprintf("clone%d", i)
-				c.Shares = []hypervisor.Share{{Tag: agentv1.ShareTag, Path: t.TempDir()}}
-				if i%2 == 1 {
-					c.NICs = []hypervisor.NIC{{User: true}}
+		for _, used := range []bool{false, true} {
+			t.Run(fmt.Sprintf("confine=%v,used=%v", confine, used), func(t *testing.T) {
+				d, c := setup(t, confine)
+				s := snapshot(t, d, c, used)
+				sum := hvtest.HashMemory(t, s)
+				for i := range 5 {
+					c := c
+					c.Name = fmt.Sprintf("clone%d", i)
+					c.Shares = []hypervisor.Share{{Tag: agentv1.ShareTag, Path: t.TempDir()}}
+					if i%2 == 1 {
+						c.NICs = []hypervisor.NIC{{User: true}}
+					}
+					begin := time.Now()
+					v, err := d.Clone(t.Context(), c, s)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer finish(t, v)
+					up := time.Now()
+					client := hello(t, v)
+					t.Logf("clone %d: qemu ready after %v, agent after %v", i, up.Sub(begin), time.Since(begin))
+					defer client.Close()
 				}
-				begin := time.Now()
-				v, err := d.Clone(t.Context(), c, s)
-				if err != nil {
-					t.Fatal(err)
+				if hvtest.HashMemory(t, s) != sum {
+					t.Error("the clones changed the snapshot")
 				}
-				defer finish(t, v)
-				up := time.Now()
-				client := hello(t, v)
-				t.Logf("clone %d: qemu ready after %v, agent after %v", i, up.Sub(begin), time.Since(begin))
-				defer client.Close()
-			}
-			if hash(t, s.Memory) != sum {
-				t.Error("the clones changed the snapshot")
-			}
-			if t.Failed() {
-				t.Log(strings.Repeat("-", 10))
-			}
-		})
+			})
+		}
 	}
+}
+
+// TestForkAgent: a clone whose agent has served is saved, and its clone's agent
+// answers.
+func TestForkAgent(t *testing.T) {
+	d, c := setup(t, true)
+	s := snapshot(t, d, c, false)
+	c.NICs = []hypervisor.NIC{{User: true}}
+	child, err := d.Clone(t.Context(), c, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer finish(t, child)
+	client := hello(t, child)
+	if err := child.AwaitAgent(t.Context()); !errors.Is(err, qemu.ErrConnected) {
+		t.Errorf("AwaitAgent while connected: %v", err)
+	}
+	if err := child.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := child.Snapshot(t.Context()); !errors.Is(err, qemu.ErrConnected) {
+		if err == nil {
+			s.Close()
+		}
+		t.Errorf("snapshot while connected: %v", err)
+	}
+	if err := child.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	client.Close()
+	second := settle(t, child)
+	grandchild, err := d.Clone(t.Context(), c, second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer finish(t, grandchild)
+	hello(t, grandchild).Close()
+	// The state of QEMU's own network stack has to go somewhere.
+	c.NICs = nil
+	if v, err := d.Clone(t.Context(), c, second); !errors.Is(err, hypervisor.ErrMismatch) || !strings.Contains(err.Error(), "user network") {
+		if err == nil {
+			finish(t, v)
+		}
+		t.Errorf("clone without a network of a snapshot with one: %v", err)
+	}
+}
+
+// TestSnapshotReplaced: a snapshot of a VM whose initrd is another file by now
+// would not say what is in its memory.
+func TestSnapshotReplaced(t *testing.T) {
+	d, c := setup(t, false)
+	b, err := os.ReadFile(c.Initrd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	c.Initrd = filepath.Join(dir, "initrd")
+	for _, name := range []string{"initrd", "other"} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v, err := d.Start(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer finish(t, v)
+	if err := os.Rename(filepath.Join(dir, "other"), c.Initrd); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := v.Snapshot(t.Context()); err == nil || !strings.Contains(err.Error(), "initrd: ") {
+		if err == nil {
+			s.Close()
+		}
+		t.Errorf("snapshot: %v", err)
+	}
+}
+
+// BenchmarkClone is the time from the start of QEMU to an agent that answers.
+func BenchmarkClone(b *testing.B) {
+	d, c := setup(b, true)
+	s := snapshot(b, d, c, true)
+	var up time.Duration
+	for b.Loop() {
+		begin := time.Now()
+		v, err := d.Clone(b.Context(), c, s)
+		if err != nil {
+			b.Fatal(err)
+		}
+		up += time.Since(begin)
+		client := hello(b, v)
+		b.StopTimer()
+		client.Close()
+		finish(b, v)
+		b.StartTimer()
+	}
+	b.ReportMetric(float64(up.Microseconds())/1000/float64(b.N), "qemu-ms/op")
 }

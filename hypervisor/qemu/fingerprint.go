@@ -66,6 +66,13 @@ func (d *Driver) fingerprint(ctx context.Context, c hypervisor.Config) (string, 
 	}
 	fmt.Fprintf(&b, "kernel sha256: %s\ninitrd sha256: %s\n", kernel.SHA256, initrd.SHA256)
 	b.WriteString(args)
+	for i, n := range c.NICs {
+		if n.User {
+			// The state of QEMU's own network stack is part of the snapshot, and
+			// needs one to be loaded into.
+			fmt.Fprintf(&b, "%suser network of card %d: yes\n", hypervisor.OptionalKey, i)
+		}
+	}
 	return b.String(), from, nil
 }
 

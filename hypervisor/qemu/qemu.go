@@ -175,7 +175,9 @@ func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if want := int64(c.MemoryMiB) << 20; s.MemoryBytes != want {
 		return nil, fmt.Errorf("%w: memory: saved with %d bytes, now %d", hypervisor.ErrMismatch, s.MemoryBytes, want)
 	}
-	return d.start(ctx, c, s)
+	with := *s
+	with.Fingerprint = now // for snapshots of the clone
+	return d.start(ctx, c, &with)
 }
 
 // undo runs its functions in reverse order.

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/golang/glog"
 
 	"github.com/hyperhq/runv/hypervisor"
@@ -59,9 +61,37 @@ func (v *vm) snapshot(ctx context.Context) (_ *hypervisor.Snapshot, err error) {
 		return nil, fmt.Errorf("save devices: %w", err)
 	}
 	if s.Memory, err = v.saveMemory(ctx, s.MemoryBytes); err != nil {
+		if errors.Is(err, unix.ESRCH) || v.wasKilled() {
+			err = hypervisor.ErrEnded
+		}
 		return nil, fmt.Errorf("save memory: %w", err)
 	}
+	// The pages of a process that is being killed go away one by one, and look
+	// as if they had never been there. It answers only if none has.
+	if err := v.checkPaused(ctx); err != nil {
+		s.Close()
+		return nil, err
+	}
 	return s, nil
+}
+
+func (v *vm) wasKilled() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.killed
+}
+
+func (v *vm) checkPaused(ctx context.Context) error {
+	var status struct {
+		Running bool `json:"running"`
+	}
+	if err := v.qmp.Execute(ctx, "query-status", nil, &status); err != nil {
+		return err
+	}
+	if status.Running {
+		return ErrNotPaused
+	}
+	return nil
 }
 
 // saveFingerprint is that of the files that the VM was started from; they may
@@ -91,14 +121,8 @@ func (v *vm) saveFingerprint(ctx context.Context) (string, error) {
 
 // quiet checks what can be checked of a VM that is ready to be saved.
 func (v *vm) quiet(ctx context.Context) error {
-	var status struct {
-		Running bool `json:"running"`
-	}
-	if err := v.qmp.Execute(ctx, "query-status", nil, &status); err != nil {
+	if err := v.checkPaused(ctx); err != nil {
 		return err
-	}
-	if status.Running {
-		return ErrNotPaused
 	}
 	if v.cid != 0 {
 		return nil
