@@ -1,6 +1,6 @@
 // Package factory says where a VM comes from. A supervisor asks a Factory for a
 // running VM and does not know whether it was booted for it or existed before.
-// Of runv only hypervisor may be imported here.
+// Of runv only hypervisor and template may be imported here.
 package factory
 
 import (
