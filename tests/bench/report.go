@@ -286,10 +286,10 @@ func (r *result) tables() []table {
 		row := []string{fmt.Sprint(n)}
 		for _, name := range names {
 			x := r.rate(name, n)
-			switch {
-			case x.N == 0:
+			switch x.N {
+			case 0:
 				row = append(row, nothing)
-			case x.N == 1:
+			case 1:
 				row = append(row, number(x.Median))
 			default:
 				row = append(row, fmt.Sprintf("%s (%s to %s)", number(x.Median), number(x.Min), number(x.Max)))
