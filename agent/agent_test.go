@@ -38,6 +38,9 @@ type fakeSystem struct {
 	mounted  []string
 	dhcp     int
 	syncs    int
+	settled  int
+	trials   int    // that are not undone
+	trial    string // program of the trial
 	fail     string // the method that fails
 }
 
@@ -59,6 +62,16 @@ func (f *fakeSystem) Info() (*agentv1.HelloResponse, error) {
 func (f *fakeSystem) SetClock(t time.Time) error  { return f.call("clock", func() { f.clock = t }) }
 func (f *fakeSystem) AddEntropy(b []byte) error   { return f.call("entropy", func() { f.entropy = b }) }
 func (f *fakeSystem) Ready(context.Context) error { return nil }
+func (f *fakeSystem) Settle(context.Context) error {
+	return f.call("settle", func() { f.settled++ })
+}
+
+func (f *fakeSystem) Trial() (*agentv1.CreateContainerRequest, func() error, error) {
+	err := f.call("trial", func() { f.trials++ })
+	req := &agentv1.CreateContainerRequest{ContainerId: "trial", Process: &agentv1.Process{Args: []string{f.trial}}}
+	return req, func() error { return f.call("undo", func() { f.trials-- }) }, err
+}
+
 func (f *fakeSystem) SetHostname(s string) error {
 	return f.call("hostname", func() { f.hostname = s })
 }
@@ -361,6 +374,42 @@ func TestConfigure(t *testing.T) {
 	}
 	_, err = f.ConfigureSandbox(f.ctx, req)
 	wantCode(t, "twice", err, codes.AlreadyExists, "configured already")
+}
+
+func TestSettle(t *testing.T) {
+	f := newBareFixture(t)
+	_, err := f.Settle(f.ctx, &agentv1.SettleRequest{})
+	wantCode(t, "settle first", err, codes.FailedPrecondition, "Hello")
+	f.hello(f.ctx)
+	for _, tc := range []struct {
+		name, fail, program, skipped string
+		panics                       bool
+	}{
+		{name: "good", program: "/bin/true"},
+		{name: "no trial", fail: "trial", program: "/bin/true", skipped: "trial container: fake failure"},
+		{name: "bad program", program: "/bin/false", skipped: "trial container: its program ended with status 0x100"},
+		{name: "undo fails", fail: "undo", program: "/bin/true", skipped: "trial container: fake failure"},
+		{name: "a bug", program: "/bin/true", panics: true, skipped: "trial container: the guest agent failed"},
+	} {
+		f.system.fail, f.system.trial, f.engine.panics = tc.fail, tc.program, tc.panics
+		f.system.trials = 0
+		r, err := f.Settle(f.ctx, &agentv1.SettleRequest{})
+		if err != nil || !strings.HasPrefix(r.GetSkipped(), tc.skipped) || (tc.skipped == "") != (r.GetSkipped() == "") {
+			t.Errorf("%s: skipped %q, %v", tc.name, r.GetSkipped(), err)
+		}
+		if f.system.trials != 0 && tc.fail != "undo" {
+			t.Errorf("%s: %d trials are left", tc.name, f.system.trials)
+		}
+	}
+	f.system.fail, f.engine.panics = "settle", false
+	_, err = f.Settle(f.ctx, &agentv1.SettleRequest{})
+	wantCode(t, "modules fail", err, codes.Internal, "fake failure")
+	f.system.fail = ""
+	if _, err := f.ConfigureSandbox(f.ctx, &agentv1.ConfigureSandboxRequest{SandboxId: "pod"}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Settle(f.ctx, &agentv1.SettleRequest{})
+	wantCode(t, "settle late", err, codes.FailedPrecondition, "identity")
 }
 
 func TestLifeAndStdio(t *testing.T) {

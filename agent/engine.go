@@ -74,6 +74,11 @@ type System interface {
 	AddEntropy(b []byte) error
 	// Ready blocks until all modules are loaded.
 	Ready(ctx context.Context) error
+	// Settle loads the modules that containers need.
+	Settle(ctx context.Context) error
+	// Trial makes what a container needs that is run to no other end than to
+	// have run one. undo removes it.
+	Trial() (req *agentv1.CreateContainerRequest, undo func() error, err error)
 	SetHostname(name string) error
 	// SetMachineID writes /etc/machine-id; empty: a random one.
 	SetMachineID(id string) error

@@ -82,7 +82,7 @@ func toStatus(err error) error {
 		code = codes.AlreadyExists
 	case errors.Is(err, errStarted), errors.Is(err, errStartStopped), errors.Is(err, errExecStopped),
 		errors.Is(err, errNotRunning), errors.Is(err, errEnded), errors.Is(err, errNoTerminal),
-		errors.Is(err, errNoSandbox), errors.Is(err, errNoHello), errors.Is(err, os.ErrProcessDone):
+		errors.Is(err, errNoSandbox), errors.Is(err, errNoHello), errors.Is(err, errSettled), errors.Is(err, os.ErrProcessDone):
 		code = codes.FailedPrecondition
 	case errors.Is(err, context.DeadlineExceeded):
 		code = codes.DeadlineExceeded
@@ -128,6 +128,14 @@ func (s *service) Hello(_ context.Context, req *agentv1.HelloRequest) (*agentv1.
 
 func (s *service) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSandboxRequest) (*agentv1.ConfigureSandboxResponse, error) {
 	return &agentv1.ConfigureSandboxResponse{}, s.agent.configure(ctx, req)
+}
+
+func (s *service) Settle(ctx context.Context, _ *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
+	skipped, err := s.agent.settle(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &agentv1.SettleResponse{Skipped: skipped}, nil
 }
 
 func (s *service) CreateContainer(ctx context.Context, req *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {

@@ -288,6 +288,15 @@ func (c *Client) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSan
 	return call(ctx, c, "configure sandbox", c.agent.ConfigureSandbox, req)
 }
 
+// Settle implements agentv1.AgentService.
+func (c *Client) Settle(ctx context.Context, req *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
+	resp, err := call(ctx, c, "settle", c.agent.Settle, req)
+	if err == nil {
+		resp.Skipped = Text(resp.Skipped)
+	}
+	return resp, err
+}
+
 // CreateContainer implements agentv1.AgentService.
 func (c *Client) CreateContainer(ctx context.Context, req *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {
 	return call(ctx, c, "create container", c.agent.CreateContainer, req)

@@ -131,6 +131,22 @@ func TestCallsAndStreams(t *testing.T) {
 	}
 }
 
+func TestSettle(t *testing.T) {
+	c := connect(t, &guesttest.Agent{})
+	if r, err := c.Settle(t.Context(), &agentv1.SettleRequest{}); err != nil || r.Skipped != "" {
+		t.Errorf("Settle: %v, %v", r, err)
+	}
+	c = connect(t, &guesttest.Agent{Before: func(_ context.Context, m string) error {
+		if m == "Settle" {
+			return status.Error(codes.FailedPrecondition, "too late\x1b[2J")
+		}
+		return nil
+	}})
+	if _, err := c.Settle(t.Context(), &agentv1.SettleRequest{}); status.Code(err) != codes.FailedPrecondition || strings.Contains(err.Error(), "\x1b") {
+		t.Errorf("Settle: %v", err)
+	}
+}
+
 func TestCallEndsWithContext(t *testing.T) {
 	release := make(chan struct{})
 	defer close(release)

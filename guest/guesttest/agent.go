@@ -248,6 +248,10 @@ func (s *service) ConfigureSandbox(_ context.Context, r *agentv1.ConfigureSandbo
 	return &agentv1.ConfigureSandboxResponse{}, nil
 }
 
+func (s *service) Settle(context.Context, *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
+	return &agentv1.SettleResponse{}, nil
+}
+
 func (s *service) add(k key, spec *agentv1.Process, stdio *agentv1.Stdio) (*process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

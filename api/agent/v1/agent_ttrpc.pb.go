@@ -10,6 +10,7 @@ import (
 type AgentService interface {
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	ConfigureSandbox(context.Context, *ConfigureSandboxRequest) (*ConfigureSandboxResponse, error)
+	Settle(context.Context, *SettleRequest) (*SettleResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	StartContainer(context.Context, *StartContainerRequest) (*StartContainerResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
@@ -39,6 +40,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.ConfigureSandbox(ctx, &req)
+			},
+			"Settle": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req SettleRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Settle(ctx, &req)
 			},
 			"CreateContainer": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CreateContainerRequest
@@ -142,6 +150,14 @@ func (c *agentClient) Hello(ctx context.Context, req *HelloRequest) (*HelloRespo
 func (c *agentClient) ConfigureSandbox(ctx context.Context, req *ConfigureSandboxRequest) (*ConfigureSandboxResponse, error) {
 	var resp ConfigureSandboxResponse
 	if err := c.client.Call(ctx, "runv.agent.v1.Agent", "ConfigureSandbox", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Settle(ctx context.Context, req *SettleRequest) (*SettleResponse, error) {
+	var resp SettleResponse
+	if err := c.client.Call(ctx, "runv.agent.v1.Agent", "Settle", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

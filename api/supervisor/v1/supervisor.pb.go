@@ -234,8 +234,13 @@ type VM struct {
 	// Bounds boot to the agent's first answer, in milliseconds.
 	BootTimeoutMs uint32 `protobuf:"varint,11,opt,name=boot_timeout_ms,json=bootTimeoutMs,proto3" json:"boot_timeout_ms,omitempty"`
 	QemuSandbox   bool   `protobuf:"varint,12,opt,name=qemu_sandbox,json=qemuSandbox,proto3" json:"qemu_sandbox,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Directory of the template that the VM is cloned from; empty: none.
+	Template string `protobuf:"bytes,13,opt,name=template,proto3" json:"template,omitempty"`
+	// "required": fail if it cannot be cloned; "preferred" or empty: boot then,
+	// and say so in CreateResponse.
+	TemplatePolicy string `protobuf:"bytes,14,opt,name=template_policy,json=templatePolicy,proto3" json:"template_policy,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
@@ -350,6 +355,20 @@ func (x *VM) GetQemuSandbox() bool {
 		return x.QemuSandbox
 	}
 	return false
+}
+
+func (x *VM) GetTemplate() string {
+	if x != nil {
+		return x.Template
+	}
+	return ""
+}
+
+func (x *VM) GetTemplatePolicy() string {
+	if x != nil {
+		return x.TemplatePolicy
+	}
+	return ""
 }
 
 // HostMount is one thing of the host that the container is given through the
@@ -769,7 +788,9 @@ func (x *CreateRequest) GetContainer() *v1.CreateContainerRequest {
 }
 
 type CreateResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the caller should know although it is no failure, one line each.
+	Warnings      []string `protobuf:"bytes,1,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -802,6 +823,13 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
 	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CreateResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type StartRequest struct {
@@ -1697,7 +1725,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x15\n" +
 	"\x06vm_pid\x18\x05 \x01(\x05R\x05vmPid\x12\x16\n" +
 	"\x06driver\x18\x06 \x01(\tR\x06driver\x12#\n" +
-	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xe0\x02\n" +
+	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xa5\x03\n" +
 	"\x02VM\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x18\n" +
 	"\amachine\x18\x02 \x01(\tR\amachine\x12\x16\n" +
@@ -1712,7 +1740,9 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\tqemu_path\x18\n" +
 	" \x01(\tR\bqemuPath\x12&\n" +
 	"\x0fboot_timeout_ms\x18\v \x01(\rR\rbootTimeoutMs\x12!\n" +
-	"\fqemu_sandbox\x18\f \x01(\bR\vqemuSandbox\"\x82\x02\n" +
+	"\fqemu_sandbox\x18\f \x01(\bR\vqemuSandbox\x12\x1a\n" +
+	"\btemplate\x18\r \x01(\tR\btemplate\x12'\n" +
+	"\x0ftemplate_policy\x18\x0e \x01(\tR\x0etemplatePolicy\"\x82\x02\n" +
 	"\tHostMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x1d\n" +
 	"\n" +
@@ -1754,8 +1784,9 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x10\n" +
-	"\x0eCreateResponse\"\x1e\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\",\n" +
+	"\x0eCreateResponse\x12\x1a\n" +
+	"\bwarnings\x18\x01 \x03(\tR\bwarnings\"\x1e\n" +
 	"\fStartRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x0f\n" +
 	"\rStartResponse\"\xf1\x01\n" +
