@@ -168,12 +168,19 @@ func (a *app) vm() (*supervisorv1.VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("guest initrd: %w", err)
 	}
-	return &supervisorv1.VM{
+	vm := &supervisorv1.VM{
 		Driver: c.Driver, Machine: c.Machine, Kernel: kernel, Initrd: initrd, KernelParams: c.KernelParams,
 		Vcpus: uint32(c.VCPUs), MemoryMib: uint32(c.Memory), Transport: c.Transport, Network: c.Network,
 		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox,
 		BootTimeoutMs: uint32(time.Duration(c.BootTimeout).Milliseconds()),
-	}, nil
+	}
+	if dir := c.TemplateDir(); dir != "" {
+		if vm.Template, err = filepath.Abs(dir); err != nil {
+			return nil, fmt.Errorf("template: %w", err)
+		}
+		vm.TemplatePolicy = c.TemplatePolicy
+	}
+	return vm, nil
 }
 
 // preserveFDs refuses what a virtual machine cannot have.

@@ -72,13 +72,18 @@ func supervise(root, sandboxID string) error {
 	return s.Serve(ctx, api, stdio, lifeline)
 }
 
-// newFactory finds the driver that a request asks for.
+// newFactory finds the driver that a request asks for, and clones if it names a
+// template.
 func newFactory(ctx context.Context, vm *supervisorv1.VM) (factory.Factory, string, error) {
 	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath})
 	if err != nil {
 		return nil, "", err
 	}
-	return factory.Direct(d), d.Name(), nil
+	if vm.Template == "" {
+		return factory.Direct(d), d.Name(), nil
+	}
+	f, err := factory.FromTemplate(d, vm.Template, factory.Policy(vm.TemplatePolicy))
+	return f, d.Name(), err
 }
 
 // inherited is a listening socket that the caller has made.

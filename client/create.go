@@ -107,12 +107,16 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	// everything back.
 	open.add(s.close)
 	u.add(s.close)
-	if _, err := s.Create(ctx, req); err != nil {
+	resp, err := s.Create(ctx, req)
+	if err != nil {
 		if _, ok := answered(err); !ok && sup != nil && ctx.Err() == nil {
 			s.close()
 			return nil, sup.explain()
 		}
 		return nil, fromRPC(ctx, err)
+	}
+	for _, line := range resp.Warnings {
+		c.o.Warn(errors.New(line))
 	}
 	u.add(func() {
 		// The container exists by now: the supervisor must forget it.

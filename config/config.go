@@ -74,7 +74,9 @@ type Config struct {
 	Transport    string   `toml:"transport" usage:"how the guest agent is reached, 'serial' or 'vsock'; empty: the best that works here"`
 	Network      string   `toml:"network" usage:"'none', or 'user' for QEMU's user-mode network stack"`
 	BootTimeout  Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
-	Template     string   `toml:"template" usage:"whether VMs may be cloned from a template; only 'off' in this version"`
+	Template     string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it; empty or 'off': none"`
+
+	TemplatePolicy string `toml:"template-policy" usage:"if the template does not fit: 'required' fails, 'preferred' boots with a warning; 'off' never clones"`
 }
 
 // Default is the configuration without a file and without flags.
@@ -89,7 +91,8 @@ func Default() Config {
 		Memory:      512,
 		Network:     "none",
 		BootTimeout: Duration(2 * time.Minute),
-		Template:    "off",
+
+		TemplatePolicy: "preferred",
 	}
 }
 
@@ -169,8 +172,14 @@ func lineOf(data []byte, key string) int {
 
 // Validate reports the first key whose value runv cannot work with.
 func (c *Config) Validate() error {
-	_, err := c.check()
-	return err
+	if _, err := c.check(); err != nil {
+		return err
+	}
+	// The file may have the one and a flag the other.
+	if c.TemplatePolicy == "required" && c.TemplateDir() == "" {
+		return errors.New("key \"template-policy\" is \"required\", and key \"template\" names no template")
+	}
+	return nil
 }
 
 // MaxVCPUs and MaxMemory bound what may be asked for, in CPUs and MiB.
@@ -189,6 +198,7 @@ func (c *Config) check() (key string, err error) {
 		{"log", c.Log, false},
 		{"kernel", c.Kernel, true},
 		{"initrd", c.Initrd, true},
+		{"template", c.Template, false},
 	} {
 		if p.path == "" && p.required {
 			return p.key, fmt.Errorf("key %q is empty", p.key)
@@ -204,7 +214,7 @@ func (c *Config) check() (key string, err error) {
 		{"log-format", c.LogFormat, []string{"text", "json"}},
 		{"transport", c.Transport, []string{"", "serial", "vsock"}},
 		{"network", c.Network, []string{"none", "user"}},
-		{"template", c.Template, []string{"off"}},
+		{"template-policy", c.TemplatePolicy, []string{"required", "preferred", "off"}},
 	} {
 		ok := false
 		for _, a := range e.allowed {
@@ -225,6 +235,15 @@ func (c *Config) check() (key string, err error) {
 		return "kernel-params", errors.New("key \"kernel-params\" has a line break or a zero byte")
 	}
 	return "", nil
+}
+
+// TemplateDir is the directory of the template that VMs are cloned from, empty
+// if they are not.
+func (c *Config) TemplateDir() string {
+	if c.Template == "off" || c.TemplatePolicy == "off" {
+		return ""
+	}
+	return c.Template
 }
 
 func alternatives(list []string) string {

@@ -58,6 +58,24 @@ func TestEveryFieldIsDescribed(t *testing.T) {
 	}
 }
 
+func TestTemplateIsRequired(t *testing.T) {
+	c := Default()
+	c.TemplatePolicy = "required"
+	for _, dir := range []string{"", "off"} {
+		if c.Template = dir; c.Validate() == nil {
+			t.Errorf("template %q is accepted", dir)
+		}
+	}
+	c.Template = "/run/t"
+	if err := c.Validate(); err != nil || c.TemplateDir() != "/run/t" {
+		t.Errorf("%v, directory %q", err, c.TemplateDir())
+	}
+	c.TemplatePolicy = "off"
+	if dir := c.TemplateDir(); dir != "" {
+		t.Errorf("policy off clones from %q", dir)
+	}
+}
+
 func TestDecode(t *testing.T) {
 	for _, tc := range []struct {
 		name, text, err string
@@ -79,7 +97,9 @@ func TestDecode(t *testing.T) {
 		{name: "no kernel", text: "kernel = \"\"\n", err: `f:1: key "kernel" is empty`},
 		{name: "no time", text: "boot-timeout = \"0s\"\n", err: `f:1: key "boot-timeout" is 0s`},
 		{name: "params", text: "kernel-params = \"a\\nb\"\n", err: `f:1: key "kernel-params"`},
-		{name: "template", text: "template = \"required\"\n", err: `f:1: key "template" is "required", want "off"`},
+		{name: "template", text: "template = \"/run/t\"\n", want: func(c *Config) { c.Template = "/run/t" }},
+		{name: "template required", text: "template = \"/run/t\"\ntemplate-policy = \"required\"\n", want: func(c *Config) { c.Template, c.TemplatePolicy = "/run/t", "required" }},
+		{name: "bad policy", text: "\ntemplate-policy = \"maybe\"\n", err: `f:2: key "template-policy" is "maybe", want "required" or "preferred" or "off"`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := Default()

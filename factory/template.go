@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/golang/glog"
 
@@ -62,12 +63,30 @@ type fromTemplate struct {
 	driver hypervisor.Driver
 	dir    string
 	policy Policy
+
+	mu      sync.Mutex
+	warning string // guarded by mu
+}
+
+// Warning says why the VM of the last GetVM was booted although a template is
+// preferred; empty if it was not. It is one line, and in the log already.
+func (f *fromTemplate) Warning() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.warning
+}
+
+func (f *fromTemplate) warn(line string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.warning = line
 }
 
 func (f *fromTemplate) GetVM(ctx context.Context, c hypervisor.Config) (hypervisor.VM, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
+	f.warn("")
 	v, err := f.clone(ctx, c)
 	if err == nil {
 		return v, nil
@@ -75,7 +94,9 @@ func (f *fromTemplate) GetVM(ctx context.Context, c hypervisor.Config) (hypervis
 	if ctx.Err() != nil || f.policy == Required {
 		return nil, err
 	}
-	glog.Warningf("vm %s boots, though a template is preferred: %v", c.Name, err)
+	line := fmt.Sprintf("vm %s boots, though a template is preferred: %v", c.Name, err)
+	glog.Warning(line)
+	f.warn(line)
 	return f.driver.Start(ctx, c)
 }
 

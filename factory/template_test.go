@@ -154,6 +154,9 @@ func TestFromTemplateUnfit(t *testing.T) {
 			if got := all[len(all)-1].Config; got.MemoryMiB != c.MemoryMiB || got.VCPUs != c.VCPUs {
 				t.Errorf("booted with %+v", got)
 			}
+			if w := f.(*fromTemplate).Warning(); !strings.Contains(w, test.says) || !strings.Contains(w, "vm pod boots") {
+				t.Errorf("the warning is %q", w)
+			}
 			v.Kill()
 			<-v.Done()
 		})

@@ -165,7 +165,7 @@ func (u *undo) run() {
 }
 
 // create makes a container. ctx ends when nobody wants it any more.
-func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest) (err error) {
+func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest, warn func(line string)) (err error) {
 	begin := time.Now()
 	first := req.Id == s.o.SandboxID
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -265,6 +265,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	}
 	prepared := time.Now()
 	if first {
+		if m.warning != "" {
+			warn(m.warning)
+		}
 		s.mu.Lock()
 		s.machine, s.share = m, sh
 		s.mu.Unlock()

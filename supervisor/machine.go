@@ -38,7 +38,12 @@ type machine struct {
 	driver string
 	// process is the hypervisor's.
 	process state.ProcessRef
+	// warning is what the factory says of a VM that is not what was wished for.
+	warning string
 }
+
+// warner is a factory that may give another VM than the one that was wished for.
+type warner interface{ Warning() string }
 
 // boot starts the pod's VM for its container c and returns when its agent is
 // ready for containers.
@@ -53,10 +58,11 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	defer cancel()
 	begin := time.Now()
 
-	cfg, err := s.config(vm, sharePath)
+	cfg, err := VMConfig(s.o.SandboxID, vm, sharePath)
 	if err != nil {
 		return nil, err
 	}
+	cfg.ConsoleLog = s.consoleLog()
 	f, driver, err := s.o.Factory(ctx, vm)
 	if err != nil {
 		return nil, err
@@ -72,6 +78,9 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 			m.close()
 		}
 	}()
+	if w, ok := f.(warner); ok {
+		m.warning = w.Warning()
+	}
 	up := time.Now()
 	// Written at once: whoever cleans up after a supervisor that was killed waits
 	// for the hypervisor's end. One that has ended already is nobody's concern.
@@ -110,10 +119,11 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	return m, nil
 }
 
-// config translates what the request asks of the VM.
-func (s *Supervisor) config(vm *supervisorv1.VM, sharePath string) (hypervisor.Config, error) {
+// VMConfig translates what a request asks of its VM. A template is made with it
+// too: it must have the devices of the VMs that are cloned from it.
+func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Config, error) {
 	c := hypervisor.Config{
-		Name:         s.o.SandboxID,
+		Name:         name,
 		Machine:      vm.Machine,
 		VCPUs:        max(1, int(vm.Vcpus)),
 		MemoryMiB:    int(vm.MemoryMib),
@@ -124,7 +134,6 @@ func (s *Supervisor) config(vm *supervisorv1.VM, sharePath string) (hypervisor.C
 		SerialPort:   agentv1.SerialPortName,
 		VsockPort:    agentv1.VsockPort,
 		Shares:       []hypervisor.Share{{Tag: agentv1.ShareTag, Path: sharePath}},
-		ConsoleLog:   s.consoleLog(),
 		Confine:      vm.QemuSandbox,
 	}
 	if c.MemoryMiB == 0 {

@@ -104,7 +104,9 @@ func (v *service) Create(ctx context.Context, req *supervisorv1.CreateRequest) (
 		return answer[supervisorv1.CreateResponse](nil, err)
 	}
 	defer done()
-	return answer(&supervisorv1.CreateResponse{}, v.s.create(ctx, req))
+	resp := new(supervisorv1.CreateResponse)
+	warn := func(line string) { resp.Warnings = append(resp.Warnings, line) }
+	return answer(resp, v.s.create(ctx, req, warn))
 }
 
 // Start implements the API.
