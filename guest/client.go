@@ -31,6 +31,7 @@ import (
 
 	"github.com/containerd/ttrpc"
 	"github.com/hashicorp/yamux"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -207,6 +208,10 @@ func (c *Client) start(f func()) {
 // kill ends the connection. The first cause is the one that is reported. It
 // never blocks: yamux and ttrpc call it from their loops.
 func (c *Client) kill(cause error) {
+	// A guest that hung up is noticed by whoever reads or writes first.
+	if errors.Is(cause, io.ErrClosedPipe) || errors.Is(cause, unix.EPIPE) || errors.Is(cause, unix.ECONNRESET) {
+		cause = io.ErrUnexpectedEOF
+	}
 	c.once.Do(func() {
 		c.err = fmt.Errorf("%w: %w", ErrDead, cause)
 		close(c.done)
