@@ -253,7 +253,29 @@ func (h *holder) count(c *net.UnixConn) int {
 	if c != nil {
 		h.users[c] = true
 	}
-	return len(h.users)
+	n := 0
+	for u := range h.users {
+		if !hungUp(u) {
+			n++
+		}
+	}
+	return n
+}
+
+// hungUp tells whether the other side has gone, also if the goroutine that
+// waits for it has not run yet.
+func hungUp(c *net.UnixConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	var gone bool
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		gone = err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return gone || err != nil
 }
 
 func (h *holder) serve(c *net.UnixConn) {
