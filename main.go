@@ -23,7 +23,7 @@ import (
 )
 
 func main() {
-	// The two roles that are started often and live long need nothing of what
+	// The roles that are started often or live long need nothing of what
 	// follows.
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
@@ -31,6 +31,8 @@ func main() {
 			standin.Main(os.Args[2:])
 		case client.SuperviseCommand:
 			superviseMain(os.Args[2:])
+		case holdCommand:
+			holdTemplateMain(os.Args[2:])
 		}
 	}
 	// Descriptors that a caller left open are not for the processes started here.

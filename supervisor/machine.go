@@ -164,6 +164,10 @@ func randomCID() uint32 {
 	return binary.LittleEndian.Uint32(b[:])&^(1<<31) | 1<<30
 }
 
+// Explain says what befell a VM, if err is a consequence of that, and adds the
+// end of what its console printed.
+func Explain(vm hypervisor.VM, err error) error { return (&machine{vm: vm}).explain(err) }
+
 // explain says what befell the VM, if err is a consequence of that.
 func (m *machine) explain(err error) error {
 	switch {
