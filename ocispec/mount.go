@@ -264,7 +264,8 @@ func checkMount(m *specs.Mount, field string) error {
 }
 
 // translateMount gives the guest's mount, and the host's part of it if the
-// source is there (nil otherwise). sharePath is where the share would show it.
+// source is there (nil otherwise). sharePath is the directory of the share that
+// would show it.
 func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agentv1.Mount, *supervisorv1.HostMount, error) {
 	opts := parseMountOptions(m.Options)
 	if opts.idmap > 0 {
@@ -323,6 +324,7 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 		out.Bind, out.Source = true, source
 		return out, nil, nil
 	}
+	sharePath += "/" + shareName(source)
 	out.ShareTag, out.SharePath = agentv1.ShareTag, sharePath
 	host := &supervisorv1.HostMount{
 		Source:    source,
@@ -335,6 +337,15 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 		Field:     field + ".source",
 	}
 	return out, host, nil
+}
+
+// shareName is what the share calls a source: its own last name, which is what
+// the container then reads in the root field of /proc/self/mountinfo.
+func shareName(source string) string {
+	if name := path.Base(path.Clean(source)); name != "/" {
+		return name
+	}
+	return "root"
 }
 
 func indexed(field string, i int) string { return field + "[" + strconv.Itoa(i) + "]" }

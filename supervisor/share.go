@@ -30,10 +30,10 @@ const (
 // in it; the supervisor makes the mount points through a second, detached mount
 // of the same tmpfs. What containers are given is mounted below:
 //
-//	<dir>/share/               tmpfs, read-only, shared propagation
-//	<dir>/share/<id>/rootfs    a container's root
-//	<dir>/share/<id>/mounts/N  its volumes
-//	<dir>/share/<id>/hooks/N   copies of its createContainer hooks
+//	<dir>/share/                    tmpfs, read-only, shared propagation
+//	<dir>/share/<id>/rootfs         a container's root
+//	<dir>/share/<id>/mounts/N/NAME  its volumes, by the sources' last names
+//	<dir>/share/<id>/hooks/N        copies of its createContainer hooks
 //
 // All of it exists in the supervisor's mount namespace only (and, by
 // propagation, in the hypervisor's), so the end of the supervisor, however it
