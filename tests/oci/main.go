@@ -55,7 +55,7 @@ func validate(ctx context.Context, args []string, out io.Writer) error {
 	expected := fs.String("expected", "expected.json", "committed results")
 	only := fs.String("only", "", "`regexp` of the programs to run")
 	jobs := fs.Int("j", 2, "programs at a time")
-	timeout := fs.Duration("timeout", 90*time.Second, "for one program with one runtime")
+	timeout := fs.Duration("timeout", 3*time.Minute, "for one program with one runtime")
 	verbose := fs.Bool("v", false, "print the output of every program")
 	update := fs.Bool("update", false, "write runv's results to the file of committed results")
 	if err := fs.Parse(args); err != nil {
@@ -113,6 +113,9 @@ func validate(ctx context.Context, args []string, out io.Writer) error {
 		for p, r := range results["runv"] {
 			if e.Programs == nil {
 				e.Programs = map[string]result{}
+			}
+			if e.Racy[p] != "" {
+				r.tally = tally{}
 			}
 			e.Programs[p] = r
 		}
@@ -267,8 +270,11 @@ func table(out io.Writer, programs []string, runtimes []oci, results map[string]
 			sums[rt.name] = t
 		}
 		note := ""
-		if _, ok := e.Exceptions[p]; ok {
+		if e.Exceptions[p] != "" {
 			note = "exception"
+		}
+		if e.Racy[p] != "" {
+			note = "racy"
 		}
 		fmt.Fprintf(w, "\t%s\n", note)
 	}

@@ -69,6 +69,18 @@ func TestVerdict(t *testing.T) {
 			map[string]map[string]result{"runv": {"a": poor}, "crun": {"a": good}},
 			0,
 		},
+		{
+			"racy",
+			expectations{Programs: map[string]result{"a": {}}, Racy: map[string]string{"a": "because"}},
+			map[string]map[string]result{"runv": {"a": poor}, "runc": {"a": good}},
+			0,
+		},
+		{
+			"racy, and a new exit code",
+			expectations{Programs: map[string]result{"a": {}}, Racy: map[string]string{"a": "because"}},
+			map[string]map[string]result{"runv": {"a": {tally: poor.tally, Exit: 1}}},
+			1,
+		},
 		{"both fail", expectations{Programs: map[string]result{"a": poor}}, map[string]map[string]result{"runv": {"a": poor}, "runc": {"a": poor}}, 0},
 		{
 			"something left",
