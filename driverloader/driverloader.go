@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"github.com/golang/glog"
@@ -57,6 +58,18 @@ func (o Options) cacheDir() string {
 	return o.CacheDir
 }
 
+// qemu is what a driver with an accelerator is made with.
+func (o Options) qemu(a qemu.Accel) qemu.Options {
+	q := qemu.Options{Path: o.QEMUPath, Accel: a}
+	switch o.CacheDir {
+	case "", "-":
+		q.CacheDir = o.CacheDir
+	default:
+		q.CacheDir = filepath.Join(o.CacheDir, filepath.Base(qemu.DefaultCacheDir))
+	}
+	return q
+}
+
 func (o Options) kvmDevice() string {
 	if o.KVMDevice == "" {
 		return "/dev/kvm"
@@ -81,7 +94,7 @@ var table = []entry{
 }
 
 func probeKVM(ctx context.Context, o Options) (hypervisor.Driver, error) {
-	d, err := qemu.New(qemu.Options{Path: o.QEMUPath, Accel: qemu.KVM})
+	d, err := qemu.New(o.qemu(qemu.KVM))
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +108,7 @@ func probeKVM(ctx context.Context, o Options) (hypervisor.Driver, error) {
 }
 
 func probeQEMU(_ context.Context, o Options) (hypervisor.Driver, error) {
-	return qemu.New(qemu.Options{Path: o.QEMUPath, Accel: qemu.TCG})
+	return qemu.New(o.qemu(qemu.TCG))
 }
 
 // Names returns every name that Probe takes, the preferred first.

@@ -54,8 +54,9 @@ type Options struct {
 	CacheDir string
 }
 
-// DefaultCacheDir does not survive a boot.
-const DefaultCacheDir = "/run/runv/sha256"
+// DefaultCacheDir does not survive a boot. Containers' directories lie beside it,
+// and no id of a container has an @ in it.
+const DefaultCacheDir = "/run/runv/@sha256"
 
 // Driver starts VMs with QEMU.
 type Driver struct {

@@ -30,7 +30,7 @@ func TestConformance(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			c := hvtest.Guest(t)
-			d, err := New(Options{})
+			d, err := New(Options{CacheDir: t.TempDir()})
 			if errors.Is(err, ErrNotFound) {
 				t.Skip(err)
 			}
