@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -110,11 +111,13 @@ func (b *bench) forget(r *contender, id string) {
 	delete(b.alive[r], id)
 }
 
-// inits are the processes that the runtime's containers are known by.
+// inits are the processes that the runtime's containers, and what it prepared,
+// are known by.
 func (b *bench) inits(r *contender) map[int]bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	pids := map[int]bool{}
+	maps.Copy(pids, r.daemons)
 	for _, pid := range b.alive[r] {
 		if pid > 0 {
 			pids[pid] = true

@@ -31,6 +31,9 @@ type contender struct {
 	// in is where its commands run, nil where this program does.
 	in *namespace
 
+	// daemons are the processes that prepare left running.
+	daemons map[int]bool
+
 	dir     string // everything of it is below; contains root and bundles
 	version string
 	note    string // what else is special about how it runs
@@ -148,10 +151,8 @@ func (b *bench) ready(ctx context.Context, r *contender) error {
 			_, _ = b.children.run(ctx, r.command(args...), stdio{in: r.in})
 		}
 	})
-	for _, args := range r.prepare {
-		if _, err := b.children.run(ctx, r.command(args...), stdio{in: r.in}); err != nil {
-			return err
-		}
+	if err := b.prepare(ctx, r); err != nil {
+		return err
 	}
 	if len(r.choices) == 0 {
 		return b.try(ctx, r)
@@ -163,6 +164,32 @@ func (b *bench) ready(ctx context.Context, r *contender) error {
 		}
 	}
 	return err
+}
+
+// prepare runs what has to be done once, and notes what it leaves running: that
+// belongs to the runtime's memory.
+func (b *bench) prepare(ctx context.Context, r *contender) error {
+	if len(r.prepare) == 0 {
+		return nil
+	}
+	table, err := processes("/proc")
+	if err != nil {
+		return err
+	}
+	before := descendants(table, os.Getpid())
+	for _, args := range r.prepare {
+		if _, err := b.children.run(ctx, r.command(args...), stdio{in: r.in}); err != nil {
+			return err
+		}
+	}
+	if table, err = processes("/proc"); err != nil {
+		return err
+	}
+	r.daemons = descendants(table, os.Getpid())
+	for pid := range before {
+		delete(r.daemons, pid)
+	}
+	return nil
 }
 
 func (b *bench) try(ctx context.Context, r *contender) error {
