@@ -138,7 +138,7 @@ func (a *app) createTemplate(ctx context.Context, dir string, force bool) (*temp
 	}
 	// The state of QEMU's own network stack would be part of the template.
 	vm.Network = "none"
-	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath})
+	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath, Warn: a.log.warning})
 	if err != nil {
 		return nil, err
 	}

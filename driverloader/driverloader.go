@@ -46,6 +46,9 @@ type Options struct {
 	// MemoryDir is the directory that Report expects to be a tmpfs; empty:
 	// /dev/shm.
 	MemoryDir string
+	// Warn is told, in one line, when a slow driver is chosen because a better
+	// one does not work; nil: the log.
+	Warn func(line string)
 }
 
 func (o Options) cacheDir() string {
@@ -166,7 +169,12 @@ func probe(ctx context.Context, table []entry, name string, o Options) (hypervis
 		}
 		switch {
 		case err == nil && name == "" && e.slow != "" && len(reasons) > 0:
-			glog.Warningf("using driver %s (%s), because %s", e.name, e.slow, strings.Join(reasons, "; "))
+			line := fmt.Sprintf("using driver %s (%s), because %s", e.name, e.slow, strings.Join(reasons, "; "))
+			if o.Warn == nil {
+				glog.Warning(line)
+			} else {
+				o.Warn(line)
+			}
 			return d, nil
 		case err == nil:
 			return d, nil

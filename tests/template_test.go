@@ -1,0 +1,264 @@
+package tests
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// templateMiB is more than any container of these tests asks for.
+const templateMiB = 384
+
+// cloning makes a template and returns the runtime whose VMs must be cloned
+// from it.
+func (r *rt) cloning() (clones *rt, dir string) {
+	r.t.Helper()
+	dir = filepath.Join(r.dir, "templates", "t")
+	r.t.Cleanup(func() {
+		if _, err := os.Stat(dir); err == nil {
+			r.ok("manage", "remove-template", "--template", dir)
+		}
+	})
+	out := r.ok("manage", "create-template", "--template", dir, "--mem", strconv.Itoa(templateMiB))
+	if !strings.Contains(out, "template "+dir+" made") {
+		r.t.Errorf("create-template printed %q", out)
+	}
+	c := r.in(r.t)
+	c.flags = append(append([]string(nil), r.flags...), "--memory", "128", "--template", dir, "--template-policy", "required")
+	return c, dir
+}
+
+// templateLine is one of list-templates.
+type templateLine struct {
+	Template      string
+	Created       time.Time
+	VCPUs         int
+	MemoryMiB     int    `json:"memory_mib"`
+	StoredBytes   int64  `json:"stored_bytes"`
+	KernelRelease string `json:"kernel_release"`
+	AgentVersion  string `json:"agent_version"`
+	Driver        string
+	Held          bool
+	Clones        int
+}
+
+func (r *rt) templates(dir string) []templateLine {
+	r.t.Helper()
+	out := r.ok("manage", "list-templates", "--template", dir, "--format", "json")
+	var list []templateLine
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		r.t.Fatalf("list-templates: %v in %q", err, out)
+	}
+	return list
+}
+
+// Everything about templates that a person sees, by one template: making one
+// takes as long as a boot.
+func TestTemplate(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	clones, dir := r.cloning()
+
+	t.Run("exists", func(t *testing.T) {
+		r := r.in(t)
+		r.refused([]string{"create template " + dir, "exists already"}, "manage", "create-template", "--template", dir)
+	})
+	t.Run("list", func(t *testing.T) {
+		r := r.in(t)
+		list := r.templates(filepath.Dir(dir))
+		if len(list) != 1 {
+			t.Fatalf("%d templates, want 1", len(list))
+		}
+		l := list[0]
+		if l.Template != dir || l.MemoryMiB != templateMiB || l.VCPUs != 1 || !l.Held || l.Clones != 0 || l.StoredBytes == 0 ||
+			l.KernelRelease == "" || l.AgentVersion == "" || l.Driver == "" || time.Since(l.Created) > time.Hour {
+			t.Errorf("list-templates tells %+v", l)
+		}
+		if out := r.ok("manage", "list-templates", "--template", dir); !strings.Contains(out, "CLONES") || !strings.Contains(out, dir) {
+			t.Errorf("the table is %q", out)
+		}
+	})
+	t.Run("identity", func(t *testing.T) { testCloneIdentity(clones.in(t)) })
+	t.Run("clock", func(t *testing.T) { testCloneClock(clones.in(t)) })
+	t.Run("limit", func(t *testing.T) {
+		r := clones.in(t)
+		s := sh("exec tail -c 300m /dev/zero")
+		s.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20)), Swap: ptr(int64(64 << 20))}}
+		if res := r.run(s); res.code != 137 || !strings.Contains(res.stderr, "memory") {
+			t.Errorf("300 MiB under a limit of 64: exit code %d, stderr %q", res.code, res.stderr)
+		}
+	})
+	t.Run("unfit", func(t *testing.T) {
+		r := clones.in(t)
+		bundle := r.bundle(spec("/bin/true"))
+		for flag, tc := range map[string]struct {
+			value string
+			says  []string
+		}{
+			"--kernel-params": {"loglevel=3", []string{dir, "-append", "loglevel=3"}},
+			"--memory":        {"1024", []string{dir, strconv.Itoa(templateMiB) + " MiB of memory, 1024"}},
+			"--vcpus":         {"2", []string{dir, "1 vcpus, 2"}},
+			"--template":      {dir + "x", []string{dir + "x", "does not exist"}},
+		} {
+			c := *r
+			c.flags = append(append([]string(nil), r.flags...), flag, tc.value)
+			c.refused(tc.says, "run", "--bundle", bundle, c.name())
+		}
+	})
+	t.Run("preferred", func(t *testing.T) {
+		r := clones.in(t)
+		r.flags = append(append([]string(nil), r.flags...), "--template-policy", "preferred", "--kernel-params", "loglevel=3")
+		if res := r.run(sh("cat /proc/cmdline")); res.code != 0 || !strings.Contains(res.stdout, "loglevel=3") {
+			t.Errorf("exit code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+		}
+		text, err := os.ReadFile(r.log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(text), `"level":"warning"`) || !strings.Contains(string(text), "loglevel=3") {
+			t.Errorf("the log does not tell that the template was not used: %s", text)
+		}
+	})
+	t.Run("remove", func(t *testing.T) {
+		r := clones.in(t)
+		id := r.running()
+		if l := r.templates(dir); len(l) != 1 || l[0].Clones != 1 {
+			t.Errorf("with one clone list-templates tells %+v", l)
+		}
+		if out := r.ok("manage", "remove-template", "--template", dir); !strings.Contains(out, "1 clone") {
+			t.Errorf("remove-template printed %q", out)
+		}
+		if l := r.templates(filepath.Dir(dir)); len(l) != 0 {
+			t.Errorf("after its removal list-templates tells %+v", l)
+		}
+		for _, p := range r.processes() {
+			if p.is("hold-template") {
+				t.Errorf("the holder lives: %s", p)
+			}
+		}
+		// Pages that it has not touched yet come from the template.
+		if out := r.exec(id, "sh", "-c", "ls -R /proc/sys >/dev/null 2>&1; echo alive"); out != "alive\n" {
+			t.Errorf("a clone without its template says %q", out)
+		}
+		r.ok("delete", "--force", id)
+		r.refused([]string{dir, "does not exist"}, "manage", "remove-template", "--template", dir)
+	})
+}
+
+// Twenty clones have nothing in common that should be a VM's own.
+func testCloneIdentity(r *rt) {
+	const count, atOnce = 20, 3
+	s := sh(`head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; echo
+		adjtimex | awk '/tv_sec/ {print $2}'
+		cat /proc/sys/kernel/random/boot_id
+		cat /proc/1/root/etc/machine-id
+		hostname`)
+	// The guest's own names are seen where its processes are.
+	s.Hostname = ""
+	s.Linux.Namespaces = s.Linux.Namespaces[1:]
+	s.Linux.MaskedPaths = nil
+	caps := append([]string{"CAP_SYS_PTRACE", "CAP_SYS_ADMIN"}, defaultCaps...)
+	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+	bundle := r.bundle(s)
+	what := []string{"random bytes", "", "boot id", "machine id", "hostname"}
+	seen := make([]map[string]bool, len(what))
+	for i := range seen {
+		seen[i] = make(map[string]bool)
+	}
+	ids := make(chan string, count)
+	for range count {
+		ids <- r.name()
+	}
+	close(ids)
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for range atOnce {
+		wg.Go(func() {
+			for id := range ids {
+				before := time.Now()
+				res := r.try("run", "--bundle", bundle, id)
+				after := time.Now()
+				lines := strings.Split(strings.TrimSpace(res.stdout), "\n")
+				if res.code != 0 || len(lines) != len(what) {
+					r.t.Errorf("exit code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+					continue
+				}
+				mu.Lock()
+				for i, l := range lines {
+					if what[i] != "" && seen[i][l] {
+						r.t.Errorf("%s: %s twice", what[i], l)
+					}
+					seen[i][l] = true
+				}
+				mu.Unlock()
+				if len(lines[0]) != 64 || len(lines[3]) != 32 || lines[4] != id {
+					r.t.Errorf("%s printed %q", id, lines)
+				}
+				sec, err := strconv.ParseInt(lines[1], 10, 64)
+				if at := time.Unix(sec, 0); err != nil || at.Before(before.Add(-2*time.Second)) || at.After(after.Add(time.Second)) {
+					r.t.Errorf("%s: the time is %q, want one between %d and %d", id, lines[1], before.Unix(), after.Unix())
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// The clock of a clone is the host's within 50 ms: each answer lies between the
+// moments of its question and of its arrival.
+func testCloneClock(r *rt) {
+	const allowed = 50 * time.Millisecond
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+	script := `while read x; do adjtimex | awk '/tv_sec/ {s=$2} /tv_usec/ {printf "%d %d\n", s, $2}'; done`
+	cmd := r.command(ctx, "run", "--bundle", r.bundle(sh(script)), r.name())
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	lines := bufio.NewReader(out)
+	for range 5 {
+		asked := time.Now()
+		if _, err := io.WriteString(in, "?\n"); err != nil {
+			r.t.Error(err)
+			break
+		}
+		line, err := lines.ReadString('\n')
+		got := time.Now()
+		var sec, usec int64
+		if _, serr := fmt.Sscanf(line, "%d %d", &sec, &usec); err != nil || serr != nil {
+			r.t.Errorf("answer %q: %v", line, err)
+			break
+		}
+		at := time.Unix(sec, usec*1000)
+		if d := asked.Sub(at); d > allowed {
+			r.t.Errorf("the clone's clock is %v behind or more", d)
+		}
+		if d := at.Sub(got); d > allowed {
+			r.t.Errorf("the clone's clock is %v ahead or more", d)
+		}
+	}
+	in.Close()
+	if err := cmd.Wait(); err != nil {
+		r.t.Errorf("run: %v", err)
+	}
+}
