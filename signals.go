@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -60,8 +61,10 @@ func (e interrupted) Error() string {
 	return fmt.Sprintf("interrupted by signal %d (%s)", e.sig, e.sig)
 }
 
-// signals turns the signals that the command gets into the end of a context,
-// until there is a process to pass them on to.
+// signals turns the signals that ask the command to end into the end of a
+// context, until there is a process to pass them on to. The other ones wait for
+// that process: it may run, and be known to run by what it printed, before the
+// command knows.
 type signals struct {
 	c    chan os.Signal
 	to   chan forwarding
@@ -82,20 +85,25 @@ func catchSignals(ctx context.Context) (context.Context, *signals) {
 		c: make(chan os.Signal, 64), to: make(chan forwarding),
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
-	ending := []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT}
-	signal.Notify(s.c, ending...)
+	signal.Notify(s.c, forwarded()...)
 	go func() {
 		defer close(s.done)
 		defer cancel(context.Canceled)
 		defer signal.Stop(s.c)
-		var pass func(syscall.Signal)
+		var (
+			pass    func(syscall.Signal)
+			waiting []syscall.Signal // at most one of each, as the kernel does it
+		)
 		for {
 			select {
 			case <-s.stop:
 				return
 			case f := <-s.to:
 				pass = f.pass
-				signal.Notify(s.c, forwarded()...)
+				for _, n := range waiting {
+					pass(n)
+				}
+				waiting = nil
 				close(f.ready)
 			case sig := <-s.c:
 				n, ok := sig.(syscall.Signal)
@@ -103,6 +111,10 @@ func catchSignals(ctx context.Context) (context.Context, *signals) {
 				case !ok:
 				case pass != nil:
 					pass(n)
+				case !ends(n):
+					if !slices.Contains(waiting, n) {
+						waiting = append(waiting, n)
+					}
 				default:
 					cancel(&exitError{code: 128 + int(n), err: interrupted{n}})
 				}
@@ -110,6 +122,15 @@ func catchSignals(ctx context.Context) (context.Context, *signals) {
 		}
 	}()
 	return ctx, s
+}
+
+// ends tells whether a signal asks a command to give up what it is doing.
+func ends(n syscall.Signal) bool {
+	switch n {
+	case unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT:
+		return true
+	}
+	return false
 }
 
 // forwarded are the signals that are passed on: all that mean something to a
