@@ -69,12 +69,12 @@ func peers(o options) []*contender {
 		}
 		return &contender{name: name, program: o.runv, flags: append(append(base, o.runvFlags...), flags...)}
 	}
-	cold := runv("runv cold")
-	template := runv("runv template", "--template", "{template}")
+	cold := runv("runv cold", "--template", "off")
+	template := runv("runv template", "--template", "{template}", "--template-policy", "required")
 	template.needs = []string{"create-template", "remove-template"}
 	template.prepare = [][]string{{"manage", "create-template", "--template", "{template}"}}
 	template.undo = [][]string{{"manage", "remove-template", "--template", "{template}"}}
-	pool := runv("runv pool", "--template", "{template}")
+	pool := runv("runv pool", "--template", "{template}", "--template-policy", "required")
 	pool.needs = []string{"create-template", "remove-template", "factory"}
 	pool.prepare = append(template.prepare[:1:1], []string{"manage", "factory", "start"})
 	pool.undo = append([][]string{{"manage", "factory", "stop"}}, template.undo...)
