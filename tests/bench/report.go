@@ -477,7 +477,15 @@ func (r *result) save(o options) error {
 		if err != nil && !os.IsNotExist(err) {
 			return err
 		}
-		if err := write(o.markdown, []byte(insert(string(old), r.markdown()))); err != nil {
+		report := r.markdown()
+		if o.svg != "" {
+			plot, err := filepath.Rel(filepath.Dir(o.markdown), o.svg)
+			if err != nil {
+				return err
+			}
+			report += fmt.Sprintf("\n![The same as a plot](%s)\n", filepath.ToSlash(plot))
+		}
+		if err := write(o.markdown, []byte(insert(string(old), report))); err != nil {
 			return err
 		}
 	}
