@@ -24,7 +24,7 @@ func take(t *testing.T, v hypervisor.VM) *hypervisor.Snapshot {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := v.Pause(ctx); err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v; console: %q", err, v.ConsoleTail())
 	}
 	snap, err := v.Snapshot(ctx)
 	if err != nil {
@@ -46,6 +46,19 @@ func (s *suite) clone(t *testing.T, c hypervisor.Config, snap *hypervisor.Snapsh
 		t.Fatalf("clone: %v", err)
 	}
 	t.Cleanup(func() { end(t, v) })
+	return v
+}
+
+// booted starts a VM and waits until its guest has nothing to do but wait for the
+// host: what is saved in the middle of a boot need not survive being cloned.
+func (s *suite) booted(t *testing.T) hypervisor.VM {
+	t.Helper()
+	v := s.start(t, s.config)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := v.AwaitAgent(ctx); err != nil {
+		t.Fatalf("%v; console: %q", err, v.ConsoleTail())
+	}
 	return v
 }
 
@@ -114,7 +127,7 @@ func (s *suite) snapshot(t *testing.T) {
 // clones: several of one snapshot, of which one is saved and cloned again; the
 // VM that they come from has gone, and so has the snapshot for the last.
 func (s *suite) clones(t *testing.T) {
-	parent := s.start(t, s.config)
+	parent := s.booted(t)
 	snap := take(t, parent)
 	parent.Kill()
 	await(t, parent)
@@ -153,7 +166,7 @@ func (s *suite) clones(t *testing.T) {
 
 // tampered: a process that has the memory as a clone has it cannot change it.
 func (s *suite) tampered(t *testing.T) {
-	snap := take(t, s.start(t, s.config))
+	snap := take(t, s.booted(t))
 	sum := HashMemory(t, snap)
 	v := s.clone(t, s.config, snap)
 	found := 0
@@ -229,7 +242,7 @@ func memoryFiles(t *testing.T, pid int, snap *hypervisor.Snapshot) map[string]bo
 
 // mismatch: what the snapshot was not made for is refused, with its name.
 func (s *suite) mismatch(t *testing.T) {
-	snap := take(t, s.start(t, s.config))
+	snap := take(t, s.booted(t))
 	other := filepath.Join(t.TempDir(), "initrd")
 	b, err := os.ReadFile(s.config.Initrd)
 	if err != nil {
@@ -269,7 +282,7 @@ func (s *suite) mismatch(t *testing.T) {
 // unsealed: memory that somebody could change is refused, and so is a snapshot
 // that is none.
 func (s *suite) unsealed(t *testing.T) {
-	good := take(t, s.start(t, s.config))
+	good := take(t, s.booted(t))
 	open, err := hypervisor.NewMemory("hvtest-open", good.MemoryBytes)
 	if err != nil {
 		t.Fatal(err)
@@ -314,7 +327,7 @@ func (s *suite) unsealed(t *testing.T) {
 
 // cloneCancelled: whenever ctx ends, either there is a VM or nothing.
 func (s *suite) cloneCancelled(t *testing.T) {
-	snap := take(t, s.start(t, s.config))
+	snap := take(t, s.booted(t))
 	before := openFiles(t)
 	for _, after := range []time.Duration{0, 3, 10, 30, 60, 200} {
 		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
@@ -336,7 +349,7 @@ func (s *suite) cloneCancelled(t *testing.T) {
 // killedMeanwhile: the VM is killed while it is saved.
 func (s *suite) killedMeanwhile(t *testing.T) {
 	for _, after := range []time.Duration{0, 1, 5, 20} {
-		v := s.start(t, s.config)
+		v := s.booted(t)
 		if err := v.Pause(t.Context()); err != nil {
 			t.Fatal(err)
 		}

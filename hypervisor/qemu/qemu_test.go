@@ -12,6 +12,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/hypervisor/hvtest"
 )
@@ -37,7 +38,7 @@ func TestConformance(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.Confine = confine
+			c.Confine, c.SerialPort = confine, agentv1.SerialPortName
 			hvtest.Run(t, d, c)
 		})
 	}

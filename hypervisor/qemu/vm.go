@@ -134,17 +134,18 @@ func (v *vm) Exit() hypervisor.Exit {
 
 func (v *vm) ConsoleTail() []string { return v.console.Lines() }
 
-// ended tells whether err of the QMP connection means that the VM is gone.
+// ended tells whether err of the QMP connection means that the VM is gone, and
+// then how it went.
 func (v *vm) ended(err error) error {
+	if errors.Is(err, qmp.ErrClosed) {
+		<-v.done // at most exitGrace later
+	}
 	select {
 	case <-v.done:
-		return hypervisor.ErrEnded
+		return fmt.Errorf("%w: qemu %s", hypervisor.ErrEnded, v.exit)
 	default:
+		return err
 	}
-	if errors.Is(err, qmp.ErrClosed) {
-		return hypervisor.ErrEnded
-	}
-	return err
 }
 
 func (v *vm) Pause(ctx context.Context) error {
