@@ -15,11 +15,11 @@ import (
 // hostState is what a test may change on the host outside its own directory
 // and cannot be told apart from what other tests change.
 type hostState struct {
-	interfaces, netns, dirs map[string]bool
+	interfaces, netns map[string]bool
 }
 
 func snapshot() hostState {
-	s := hostState{interfaces: map[string]bool{}, netns: map[string]bool{}, dirs: map[string]bool{}}
+	s := hostState{interfaces: map[string]bool{}, netns: map[string]bool{}}
 	if list, err := net.Interfaces(); err == nil {
 		for _, i := range list {
 			s.interfaces[i.Name] = true
@@ -28,22 +28,6 @@ func snapshot() hostState {
 	for _, m := range mountinfo("self") {
 		if m.fstype == "nsfs" {
 			s.netns[m.target] = true
-		}
-	}
-	for _, d := range []string{"/run", "/run/runv", "/tmp", "/var/tmp", "/dev/shm", "/var/lib/runv", "/run/netns"} {
-		entries, err := os.ReadDir(d)
-		if err != nil {
-			continue
-		}
-		for _, e := range entries {
-			// What is remembered of files until the next boot.
-			if d == "/run/runv" && strings.HasSuffix(e.Name(), "sha256") {
-				continue
-			}
-			// Names of other programs come and go.
-			if d == "/run/runv" || d == "/var/lib/runv" || strings.Contains(e.Name(), "runv") {
-				s.dirs[filepath.Join(d, e.Name())] = true
-			}
 		}
 	}
 	return s
@@ -83,11 +67,22 @@ func (r *rt) leaks(before hostState) []string {
 	for kind, pair := range map[string][2]map[string]bool{
 		"network interface": {before.interfaces, now.interfaces},
 		"namespace mount":   {before.netns, now.netns},
-		"directory":         {before.dirs, now.dirs},
 	} {
 		for name := range pair[1] {
 			if !pair[0][name] {
 				left = append(left, kind+" "+name)
+			}
+		}
+	}
+	// Outside of the test's own directory, what bears a container's name.
+	for _, d := range []string{"/run", "/run/runv", "/tmp", "/var/tmp", "/dev/shm", "/var/lib/runv", "/run/netns"} {
+		entries, err := os.ReadDir(d)
+		if err != nil {
+			continue // not every host has all of them
+		}
+		for _, e := range entries {
+			if strings.Contains(e.Name(), r.id) {
+				left = append(left, "directory "+filepath.Join(d, e.Name()))
 			}
 		}
 	}

@@ -81,7 +81,7 @@ func TestLeakCheck(t *testing.T) {
 		t.Error(err)
 	}
 
-	outside, err := os.MkdirTemp("", "runv-left")
+	outside, err := os.MkdirTemp("", "runv-"+r.id+"-left")
 	if err != nil {
 		t.Fatal(err)
 	}
