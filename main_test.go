@@ -20,6 +20,7 @@ import (
 	"github.com/hyperhq/runv/client"
 	"github.com/hyperhq/runv/config"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/template"
 )
 
 // testApp is a command line whose configuration is the default one.
@@ -473,5 +474,70 @@ func TestGuestImageIsMissing(t *testing.T) {
 	a.config.Kernel = t.TempDir()
 	if _, err := a.vm(); err == nil || !strings.Contains(err.Error(), "is not a regular file") {
 		t.Error(err)
+	}
+}
+
+func TestTemplateOfAVM(t *testing.T) {
+	dir := t.TempDir()
+	a := testApp(t)
+	a.config.Kernel, a.config.Initrd = filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd")
+	for _, f := range []string{a.config.Kernel, a.config.Initrd} {
+		if err := os.WriteFile(f, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Chdir(dir)
+	for _, tc := range []struct{ template, policy, want, wantPolicy string }{
+		{"", "preferred", "", ""},
+		{"off", "preferred", "", ""},
+		{"/run/t", "off", "", ""},
+		{"/run/t", "required", "/run/t", "required"},
+		{"t", "preferred", filepath.Join(dir, "t"), "preferred"},
+	} {
+		a.config.Template, a.config.TemplatePolicy = tc.template, tc.policy
+		vm, err := a.vm()
+		if err != nil || vm.Template != tc.want || vm.TemplatePolicy != tc.wantPolicy {
+			t.Errorf("%+v: template %q, policy %q, %v", tc, vm.GetTemplate(), vm.GetTemplatePolicy(), err)
+		}
+	}
+}
+
+func TestPrintTemplates(t *testing.T) {
+	m := template.Manifest{VCPUs: 2, MemoryMiB: 512, StoredBytes: 83 << 20, Driver: "qemu", DriverVersion: "7.2"}
+	m.KernelRelease, m.AgentVersion = "6.1", "0.1"
+	list := []templateInfo{
+		{Template: "/a", Manifest: m, Held: true, Clones: 3},
+		{Template: "/b", Manifest: m},
+		{Template: "/c", Error: "it is damaged"},
+	}
+	var out bytes.Buffer
+	if err := printTemplates(&out, list, "table"); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(out.String(), "\n")
+	for i, want := range [][]string{
+		{"TEMPLATE", "CLONES"},
+		{"/a", "512 MiB", "83 MiB", "6.1", "0.1", "qemu 7.2", "3"},
+		{"/b", "not held"},
+		{"/c", "it is damaged"},
+	} {
+		for _, w := range want {
+			if !strings.Contains(lines[i], w) {
+				t.Errorf("line %d is %q, without %q", i, lines[i], w)
+			}
+		}
+	}
+	out.Reset()
+	if err := printTemplates(&out, list[:1], "json"); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []string{`"template":"/a"`, `"memory_mib":512`, `"kernel_release":"6.1"`, `"clones":3`, `"held":true`} {
+		if !strings.Contains(out.String(), w) {
+			t.Errorf("the JSON lacks %s: %s", w, &out)
+		}
+	}
+	list, err := listTemplates(t.Context(), []string{filepath.Join(t.TempDir(), "none")})
+	if err != nil || list == nil || len(list) != 0 {
+		t.Errorf("no templates are %v, %v", list, err)
 	}
 }
