@@ -78,6 +78,7 @@ func (f *fakeSystem) SetHostname(s string) error {
 
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
 func (f *fakeSystem) DHCP(context.Context) error  { return f.call("dhcp", func() { f.dhcp++ }) }
+func (f *fakeSystem) HideCards() error            { return f.call("hide", func() {}) }
 func (f *fakeSystem) Sync()                       { _ = f.call("sync", func() { f.syncs++ }) }
 
 func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {

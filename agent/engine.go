@@ -86,6 +86,8 @@ type System interface {
 	MountShare(s *agentv1.Share) (undo func(), err error)
 	// DHCP configures the first network card.
 	DHCP(ctx context.Context) error
+	// HideCards leaves the guest with loopback only.
+	HideCards() error
 	// Processes describes those of the pids that still exist.
 	Processes(pids []int) ([]*agentv1.ProcessInfo, error)
 	// Sync flushes all file systems.

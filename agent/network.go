@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -56,6 +57,10 @@ func linkUp(name string) error {
 // DHCP implements System. The lease is not renewed: its server is the
 // hypervisor's own, which gives an address to one guest and never takes it back.
 func (g *Guest) DHCP(ctx context.Context) error {
+	// The driver takes its cards before it is loaded.
+	if err := g.modules.load(cardDriver); err != nil && !errors.Is(err, errNoModule) {
+		return err
+	}
 	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list network cards: %w", err)
@@ -76,6 +81,31 @@ func (g *Guest) DHCP(ctx context.Context) error {
 		return fmt.Errorf("card %s: %w", name, err)
 	}
 	return os.WriteFile(ResolvConf, l.resolvConf(), 0o644)
+}
+
+// cardDriver is the driver of the VM's network cards, as a module and in sysfs.
+const cardDriver = "virtio_net"
+
+// HideCards implements System: it takes the cards from their driver, if that is
+// built into the kernel or was loaded for something else.
+func (g *Guest) HideCards() error {
+	driver := filepath.Join("/sys/bus/virtio/drivers", cardDriver)
+	entries, err := os.ReadDir(driver)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), "virtio") {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(driver, "unbind"), []byte(e.Name()), 0); err != nil {
+			return fmt.Errorf("take card %s from its driver: %w", e.Name(), err)
+		}
+	}
+	return nil
 }
 
 // configureCard sets a card up, gets a lease by it and gives it what that says.

@@ -80,6 +80,8 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		if err := a.system.DHCP(ctx); err != nil {
 			return fmt.Errorf("configure network by dhcp: %w", err)
 		}
+	} else if err := a.system.HideCards(); err != nil {
+		return err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
