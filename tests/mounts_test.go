@@ -50,7 +50,7 @@ func TestVolumes(t *testing.T) {
 
 	s := sh(`
 echo "== mountinfo"; cat /proc/self/mountinfo
-echo "== rw"; cat /v/rw/from-host; echo guest > /v/rw/from-guest; mkdir -p /v/rw/a/b; ln -s x /v/rw/link; chmod 741 /v/rw/from-guest; mv /v/rw/a /v/rw/c
+echo "== rw"; cat /v/rw/from-host; echo guest > /v/rw/from-guest; mkdir -p /v/rw/a/b; ln -s x /v/rw/link; chmod 741 /v/rw/from-guest; mv /v/rw/a /v/rw/c; mkfifo -m 620 /v/rw/fifo && (echo through > /v/rw/fifo &) && cat /v/rw/fifo
 echo "== ro"; cat /v/ro/from-host; touch /v/ro/new 2>/dev/null || echo refused; rm /v/ro/from-host 2>/dev/null || echo refused
 echo "== remount"; mount -o remount,rw,bind /v/ro 2>/dev/null; touch /v/ro/new 2>/dev/null || echo refused
 echo "== noexec"; /v/noexec/busybox true 2>/dev/null || echo refused
@@ -85,7 +85,7 @@ echo "== tmpfs"; ls -a /v/tmp | wc -l; dd if=/dev/zero of=/v/tmp/big bs=1M count
 	}
 	got := sections(res.stdout)
 	for name, want := range map[string]string{
-		"rw":      "rw\n",
+		"rw":      "rw\nthrough\n",
 		"ro":      "ro\nrefused\nrefused\n",
 		"remount": "refused\n",
 		"noexec":  "refused\n",
@@ -106,6 +106,9 @@ echo "== tmpfs"; ls -a /v/tmp | wc -l; dd if=/dev/zero of=/v/tmp/big bs=1M count
 		if text, err := os.ReadFile(path); err != nil || string(text) != want {
 			t.Errorf("%s: %q, %v; want %q", path, text, err, want)
 		}
+	}
+	if info, err := os.Lstat(filepath.Join(rw, "fifo")); err != nil || info.Mode() != os.ModeNamedPipe|0o620 {
+		t.Errorf("the fifo on the host: %v, %v; want a fifo of mode 0620", info, err)
 	}
 	if info, err := os.Stat(filepath.Join(rw, "from-guest")); err != nil || info.Mode().Perm() != 0o741 {
 		t.Errorf("mode of a file of the container: %v, %v", info.Mode(), err)
