@@ -64,28 +64,17 @@ type flow struct {
 	localFIN, remoteFIN bool
 }
 
-// muxGuard stands between the connection and yamux and ends the session at the
-// first frame that an honest agent never sends. yamux itself would answer pings
-// with a goroutine each, queue streams that nobody accepts, and wait for room in
-// a full send queue before it reports an exceeded window.
-type muxGuard struct {
+// guard watches the frames that pass a connection in both directions. At the
+// first one that its framers refuse it calls fail and lets nothing through.
+type guard struct {
 	net.Conn
 	fail func(error)
 
-	mu     sync.Mutex       // guards the fields below
-	flows  map[uint32]*flow // streams that are not closed on both sides
-	next   uint32           // lower bound of ids that the host has not used yet
+	mu     sync.Mutex // guards what the framers' functions touch
 	rd, wr framer
 }
 
-func newMuxGuard(conn net.Conn, fail func(error)) *muxGuard {
-	g := &muxGuard{Conn: conn, fail: fail, flows: make(map[uint32]*flow)}
-	g.rd = framer{size: muxHeader, header: g.received}
-	g.wr = framer{size: muxHeader, header: g.sent}
-	return g
-}
-
-func (g *muxGuard) Read(p []byte) (int, error) {
+func (g *guard) Read(p []byte) (int, error) {
 	n, err := g.Conn.Read(p)
 	if n > 0 {
 		g.mu.Lock()
@@ -99,7 +88,7 @@ func (g *muxGuard) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (g *muxGuard) Write(p []byte) (int, error) {
+func (g *guard) Write(p []byte) (int, error) {
 	// Before the bytes are on their way: the answer must not come first.
 	g.mu.Lock()
 	err := g.wr.feed(p)
@@ -109,6 +98,23 @@ func (g *muxGuard) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	return g.Conn.Write(p)
+}
+
+// muxGuard stands between the connection and yamux and ends the session at the
+// first frame that an honest agent never sends. yamux itself would answer pings
+// with a goroutine each, queue streams that nobody accepts, and wait for room in
+// a full send queue before it reports an exceeded window.
+type muxGuard struct {
+	guard
+	flows map[uint32]*flow // streams that are not closed on both sides; guarded by mu
+	next  uint32           // lower bound of ids that the host has not used yet; guarded by mu
+}
+
+func newMuxGuard(conn net.Conn, fail func(error)) *muxGuard {
+	g := &muxGuard{guard: guard{Conn: conn, fail: fail}, flows: make(map[uint32]*flow)}
+	g.rd = framer{size: muxHeader, header: g.received}
+	g.wr = framer{size: muxHeader, header: g.sent}
+	return g
 }
 
 // sent follows what the host opens, grants and closes.
@@ -196,44 +202,15 @@ const (
 // of bounded length to each request and nothing else. The client itself would
 // allocate 4 MiB at once and write a log line for everything unexpected.
 type rpcGuard struct {
-	net.Conn
-	fail func(error)
-
-	mu      sync.Mutex // guards the fields below
-	pending map[uint32]bool
-	rd, wr  framer
+	guard
+	pending map[uint32]bool // guarded by mu
 }
 
 func newRPCGuard(conn net.Conn, fail func(error)) *rpcGuard {
-	g := &rpcGuard{Conn: conn, fail: fail, pending: make(map[uint32]bool)}
+	g := &rpcGuard{guard: guard{Conn: conn, fail: fail}, pending: make(map[uint32]bool)}
 	g.rd = framer{size: rpcHeader, header: g.received}
 	g.wr = framer{size: rpcHeader, header: g.sent}
 	return g
-}
-
-func (g *rpcGuard) Read(p []byte) (int, error) {
-	n, err := g.Conn.Read(p)
-	if n > 0 {
-		g.mu.Lock()
-		ferr := g.rd.feed(p[:n])
-		g.mu.Unlock()
-		if ferr != nil {
-			g.fail(ferr)
-			return 0, ferr
-		}
-	}
-	return n, err
-}
-
-func (g *rpcGuard) Write(p []byte) (int, error) {
-	g.mu.Lock()
-	err := g.wr.feed(p)
-	g.mu.Unlock()
-	if err != nil {
-		g.fail(err)
-		return 0, err
-	}
-	return g.Conn.Write(p)
 }
 
 func (g *rpcGuard) sent(h []byte) (uint32, error) {
