@@ -3,42 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-	"runtime"
-	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/urfave/cli/v3"
-	"golang.org/x/sys/unix"
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
-	"github.com/hyperhq/runv/client"
-	"github.com/hyperhq/runv/ocispec"
-	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/bundle"
 )
-
-// specFile is the name of a bundle's configuration.
-const specFile = "config.json"
-
-// loadSpec reads the configuration of a bundle. dir is absolute.
-func loadSpec(dir string) (*specs.Spec, error) {
-	if st, err := os.Stat(dir); err != nil {
-		return nil, fmt.Errorf("bundle: %w", err)
-	} else if !st.IsDir() {
-		return nil, fmt.Errorf("bundle: %s is not a directory", dir)
-	}
-	f, err := os.Open(filepath.Join(dir, specFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("JSON specification file %s not found in %s", specFile, dir)
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return ocispec.Load(f)
-}
 
 // bundleDir is the --bundle flag as an absolute path.
 func bundleDir(cmd *cli.Command) (string, error) {
@@ -52,136 +24,22 @@ func bundleDir(cmd *cli.Command) (string, error) {
 // request reads the bundle that the flags name and says what a container made
 // of it needs: the request and the network namespace.
 func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.CreateRequest, string, error) {
-	if err := state.ValidateID(id); err != nil {
-		return nil, nil, "", err
-	}
 	dir, err := bundleDir(cmd)
 	if err != nil {
 		return nil, nil, "", err
 	}
-	spec, err := loadSpec(dir)
-	if err != nil {
-		return nil, nil, "", err
-	}
-	vm, err := a.vm()
-	if err != nil {
-		return nil, nil, "", err
-	}
-	req, err := ocispec.Translate(spec, ocispec.Options{
+	return bundle.Request(bundle.Options{
 		ID:            id,
-		Bundle:        dir,
-		VM:            vm,
-		MaxVCPUs:      uint32(runtime.NumCPU()),
-		MaxMemoryMiB:  hostMemoryMiB(),
+		Dir:           dir,
+		Config:        &a.config,
 		SystemdCgroup: cmd.Bool("systemd-cgroup"),
 		NoPivot:       cmd.Bool("no-pivot"),
-		HostDevice:    hostDevice,
 		Warn:          a.log.warning,
 	})
-	if err != nil {
-		return nil, nil, "", err
-	}
-	network, err := networkOf(spec)
-	return spec, req, network, err
 }
 
-// hostDevice tells whether a listed device is hardware of this host: it is there
-// under that path with those numbers, and is none of those that every kernel has.
-// Numbers that name nothing here are the container's own business.
-func hostDevice(path, typ string, major, minor int64) bool {
-	if ocispec.VirtualDevice(typ, major, minor) {
-		return false
-	}
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
-		return false
-	}
-	want := uint32(unix.S_IFCHR)
-	if typ == "b" {
-		want = unix.S_IFBLK
-	}
-	return st.Mode&unix.S_IFMT == want && st.Rdev == unix.Mkdev(uint32(major), uint32(minor))
-}
-
-// hostMemoryMiB is how much memory this host has.
-func hostMemoryMiB() uint32 {
-	var si unix.Sysinfo_t
-	if err := unix.Sysinfo(&si); err != nil {
-		return 0 // ocispec's own bound
-	}
-	return uint32(uint64(si.Totalram) * uint64(si.Unit) >> 20)
-}
-
-// networkOf is where a container's stand-in lives.
-func networkOf(spec *specs.Spec) (string, error) {
-	if spec.Linux == nil {
-		return client.NetworkHost, nil
-	}
-	for i, ns := range spec.Linux.Namespaces {
-		if ns.Type != specs.NetworkNamespace {
-			continue
-		}
-		if ns.Path == "" {
-			return client.NetworkNew, nil
-		}
-		if err := checkNetwork(ns.Path); err != nil {
-			return "", fmt.Errorf("linux.namespaces[%d].path: %w", i, err)
-		}
-		return ns.Path, nil
-	}
-	return client.NetworkHost, nil
-}
-
-// checkNetwork says why path is not a network namespace, if it is none.
-func checkNetwork(path string) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	defer unix.Close(fd)
-	if typ, err := unix.IoctlRetInt(fd, unix.NS_GET_NSTYPE); err != nil || typ != unix.CLONE_NEWNET {
-		return fmt.Errorf("%s is not a network namespace", path)
-	}
-	return nil
-}
-
-// vm is what the configuration says of virtual machines. The files are looked
-// for here, where the answer can say what to do.
-func (a *app) vm() (*supervisorv1.VM, error) {
-	c := &a.config
-	for _, f := range []struct{ key, path string }{{"kernel", c.Kernel}, {"initrd", c.Initrd}} {
-		st, err := os.Stat(f.path)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil, fmt.Errorf("guest %s %s does not exist: make it with 'runv manage build-guest', or name another with --%s", f.key, f.path, f.key)
-		case err != nil:
-			return nil, fmt.Errorf("guest %s: %w", f.key, err)
-		case !st.Mode().IsRegular():
-			return nil, fmt.Errorf("guest %s %s is not a regular file", f.key, f.path)
-		}
-	}
-	kernel, err := filepath.Abs(c.Kernel)
-	if err != nil {
-		return nil, fmt.Errorf("guest kernel: %w", err)
-	}
-	initrd, err := filepath.Abs(c.Initrd)
-	if err != nil {
-		return nil, fmt.Errorf("guest initrd: %w", err)
-	}
-	vm := &supervisorv1.VM{
-		Driver: c.Driver, Machine: c.Machine, Kernel: kernel, Initrd: initrd, KernelParams: c.KernelParams,
-		Vcpus: uint32(c.VCPUs), MemoryMib: uint32(c.Memory), Transport: c.Transport, Network: c.Network,
-		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox,
-		BootTimeoutMs: uint32(time.Duration(c.BootTimeout).Milliseconds()),
-	}
-	if dir := c.TemplateDir(); dir != "" {
-		if vm.Template, err = filepath.Abs(dir); err != nil {
-			return nil, fmt.Errorf("template: %w", err)
-		}
-		vm.TemplatePolicy = c.TemplatePolicy
-	}
-	return vm, nil
-}
+// vm is what the configuration says of virtual machines.
+func (a *app) vm() (*supervisorv1.VM, error) { return bundle.VM(&a.config) }
 
 // preserveFDs refuses what a virtual machine cannot have.
 func preserveFDs(cmd *cli.Command) error {

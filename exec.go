@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/urfave/cli/v3"
 
+	"github.com/hyperhq/runv/bundle"
 	"github.com/hyperhq/runv/client"
 	"github.com/hyperhq/runv/ocispec"
 )
@@ -132,7 +133,7 @@ func inherit(p *specs.Process, ct *client.Container) (*specs.Process, error) {
 	if p.Capabilities != nil && p.Rlimits != nil && p.OOMScoreAdj != nil {
 		return p, nil
 	}
-	spec, err := loadSpec(ct.Bundle)
+	spec, err := bundle.Load(ct.Bundle)
 	if err != nil {
 		return nil, err
 	}
@@ -170,7 +171,7 @@ func execProcess(cmd *cli.Command, ct *client.Container) (*specs.Process, error)
 	if len(args) == 0 {
 		return nil, errors.New("process args cannot be empty")
 	}
-	spec, err := loadSpec(ct.Bundle)
+	spec, err := bundle.Load(ct.Bundle)
 	if err != nil {
 		return nil, err
 	}

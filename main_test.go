@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/bundle"
 	"github.com/hyperhq/runv/client"
 	"github.com/hyperhq/runv/config"
 	"github.com/hyperhq/runv/state"
@@ -306,38 +307,14 @@ func TestCheckConsole(t *testing.T) {
 	}
 }
 
-func TestNetworkOf(t *testing.T) {
-	ns := func(typ specs.LinuxNamespaceType, path string) *specs.Spec {
-		return &specs.Spec{Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.PIDNamespace}, {Type: typ, Path: path}}}}
-	}
-	for _, tc := range []struct {
-		spec *specs.Spec
-		want string
-	}{
-		{&specs.Spec{}, client.NetworkHost},
-		{ns(specs.MountNamespace, ""), client.NetworkHost},
-		{ns(specs.NetworkNamespace, ""), client.NetworkNew},
-		{ns(specs.NetworkNamespace, "/proc/self/ns/net"), "/proc/self/ns/net"},
-	} {
-		if got, err := networkOf(tc.spec); err != nil || got != tc.want {
-			t.Errorf("%q, %v; want %q", got, err, tc.want)
-		}
-	}
-	for _, path := range []string{"/not/here", "/proc/self/ns/uts", "/dev/null"} {
-		if got, err := networkOf(ns(specs.NetworkNamespace, path)); err == nil || !strings.Contains(err.Error(), "linux.namespaces[1].path") {
-			t.Errorf("%s: %q, %v", path, got, err)
-		}
-	}
-}
-
 func TestExecProcess(t *testing.T) {
-	bundle := t.TempDir()
+	dir := t.TempDir()
 	conf := `{"ociVersion":"1.3.0","root":{"path":"rootfs"},"process":{"terminal":true,"args":["init"],"cwd":"/","env":["A=1"],
 		"user":{"uid":5,"gid":6,"additionalGids":[7]},"capabilities":{"bounding":["CAP_KILL"]}}}`
-	if err := os.WriteFile(filepath.Join(bundle, specFile), []byte(conf), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, bundle.SpecFile), []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ct := &client.Container{Record: &state.Record{ID: "c", Bundle: bundle}}
+	ct := &client.Container{Record: &state.Record{ID: "c", Bundle: dir}}
 	run := func(args ...string) (p *specs.Process, err error) {
 		a := testApp(t)
 		cmd := a.command().Command("exec")
@@ -370,7 +347,7 @@ func TestExecProcess(t *testing.T) {
 			t.Errorf("%q is accepted", args)
 		}
 	}
-	file := filepath.Join(bundle, "process.json")
+	file := filepath.Join(dir, "process.json")
 	if err := os.WriteFile(file, []byte(`{"args":["a","b"],"cwd":"/x","user":{"uid":1,"gid":2}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -410,7 +387,7 @@ func TestSpec(t *testing.T) {
 	if _, err := command(t, "spec", "-b", dir); err != nil {
 		t.Fatal(err)
 	}
-	spec, err := loadSpec(dir)
+	spec, err := bundle.Load(dir)
 	if err != nil || spec.Process.Args[0] != "sh" || !spec.Process.Terminal {
 		t.Errorf("%+v, %v", spec, err)
 	}
@@ -421,7 +398,7 @@ func TestSpec(t *testing.T) {
 	if _, err := command(t, "spec", "--rootless", "--bundle", dir); err != nil {
 		t.Fatal(err)
 	}
-	if spec, err = loadSpec(dir); err != nil || len(spec.Linux.UIDMappings) == 0 {
+	if spec, err = bundle.Load(dir); err != nil || len(spec.Linux.UIDMappings) == 0 {
 		t.Errorf("%+v, %v", spec, err)
 	}
 }

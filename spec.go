@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v3"
 
+	"github.com/hyperhq/runv/bundle"
 	"github.com/hyperhq/runv/ocispec"
 )
 
@@ -47,11 +48,11 @@ EXAMPLE:
 			}
 			b, err := json.MarshalIndent(ocispec.Example(cmd.Bool("rootless")), "", "\t")
 			if err != nil {
-				return fmt.Errorf("encode %s: %w", specFile, err)
+				return fmt.Errorf("encode %s: %w", bundle.SpecFile, err)
 			}
-			f, err := os.OpenFile(filepath.Join(cmd.String("bundle"), specFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+			f, err := os.OpenFile(filepath.Join(cmd.String("bundle"), bundle.SpecFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
 			if errors.Is(err, fs.ErrExist) {
-				return fmt.Errorf("file %s exists. Remove it first", specFile)
+				return fmt.Errorf("file %s exists. Remove it first", bundle.SpecFile)
 			}
 			if err != nil {
 				return err
