@@ -689,8 +689,12 @@ func (x *Share) GetReadOnly() bool {
 }
 
 type Network struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Mode          Network_Mode           `protobuf:"varint,1,opt,name=mode,proto3,enum=runv.agent.v1.Network_Mode" json:"mode,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Mode  Network_Mode           `protobuf:"varint,1,opt,name=mode,proto3,enum=runv.agent.v1.Network_Mode" json:"mode,omitempty"`
+	// Hardware address of the first NIC, six hex bytes with colons, set before
+	// the NIC is: a clone has the one that its template had. It must be that of
+	// one station. Empty: the NIC keeps its own.
+	MacAddress    string `protobuf:"bytes,2,opt,name=mac_address,json=macAddress,proto3" json:"mac_address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -730,6 +734,13 @@ func (x *Network) GetMode() Network_Mode {
 		return x.Mode
 	}
 	return Network_MODE_UNSPECIFIED
+}
+
+func (x *Network) GetMacAddress() string {
+	if x != nil {
+		return x.MacAddress
+	}
+	return ""
 }
 
 type CreateContainerRequest struct {
@@ -3463,6 +3474,1085 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
+type StatsContainerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsContainerRequest) Reset() {
+	*x = StatsContainerRequest{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsContainerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsContainerRequest) ProtoMessage() {}
+
+func (x *StatsContainerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsContainerRequest.ProtoReflect.Descriptor instead.
+func (*StatsContainerRequest) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *StatsContainerRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+type StatsContainerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stats         *ContainerStats        `protobuf:"bytes,1,opt,name=stats,proto3" json:"stats,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsContainerResponse) Reset() {
+	*x = StatsContainerResponse{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsContainerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsContainerResponse) ProtoMessage() {}
+
+func (x *StatsContainerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsContainerResponse.ProtoReflect.Descriptor instead.
+func (*StatsContainerResponse) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *StatsContainerResponse) GetStats() *ContainerStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+// ContainerStats is what a container uses, as cgroup v2 of the guest counts it.
+// A part is absent if the guest's kernel does not have its controller.
+type ContainerStats struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cpu     *CPUStats              `protobuf:"bytes,1,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	Memory  *MemoryStats           `protobuf:"bytes,2,opt,name=memory,proto3" json:"memory,omitempty"`
+	Pids    *PidsStats             `protobuf:"bytes,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	Io      []*IOStats             `protobuf:"bytes,4,rep,name=io,proto3" json:"io,omitempty"`           // at most 64 devices of the guest
+	Hugetlb []*HugetlbStats        `protobuf:"bytes,5,rep,name=hugetlb,proto3" json:"hugetlb,omitempty"` // one per size of page
+	// Interfaces of the pod, loopback left out; at most 64.
+	Network       []*NetworkStats `protobuf:"bytes,6,rep,name=network,proto3" json:"network,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ContainerStats) Reset() {
+	*x = ContainerStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContainerStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContainerStats) ProtoMessage() {}
+
+func (x *ContainerStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
+func (*ContainerStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *ContainerStats) GetCpu() *CPUStats {
+	if x != nil {
+		return x.Cpu
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetMemory() *MemoryStats {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetPids() *PidsStats {
+	if x != nil {
+		return x.Pids
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetIo() []*IOStats {
+	if x != nil {
+		return x.Io
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetHugetlb() []*HugetlbStats {
+	if x != nil {
+		return x.Hugetlb
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetNetwork() []*NetworkStats {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
+type CPUStats struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	UsageUsec        uint64                 `protobuf:"varint,1,opt,name=usage_usec,json=usageUsec,proto3" json:"usage_usec,omitempty"`
+	UserUsec         uint64                 `protobuf:"varint,2,opt,name=user_usec,json=userUsec,proto3" json:"user_usec,omitempty"`
+	SystemUsec       uint64                 `protobuf:"varint,3,opt,name=system_usec,json=systemUsec,proto3" json:"system_usec,omitempty"`
+	Periods          uint64                 `protobuf:"varint,4,opt,name=periods,proto3" json:"periods,omitempty"`
+	ThrottledPeriods uint64                 `protobuf:"varint,5,opt,name=throttled_periods,json=throttledPeriods,proto3" json:"throttled_periods,omitempty"`
+	ThrottledUsec    uint64                 `protobuf:"varint,6,opt,name=throttled_usec,json=throttledUsec,proto3" json:"throttled_usec,omitempty"`
+	BurstPeriods     uint64                 `protobuf:"varint,7,opt,name=burst_periods,json=burstPeriods,proto3" json:"burst_periods,omitempty"`
+	BurstUsec        uint64                 `protobuf:"varint,8,opt,name=burst_usec,json=burstUsec,proto3" json:"burst_usec,omitempty"`
+	Pressure         *PressureStats         `protobuf:"bytes,9,opt,name=pressure,proto3" json:"pressure,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *CPUStats) Reset() {
+	*x = CPUStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CPUStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CPUStats) ProtoMessage() {}
+
+func (x *CPUStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
+func (*CPUStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *CPUStats) GetUsageUsec() uint64 {
+	if x != nil {
+		return x.UsageUsec
+	}
+	return 0
+}
+
+func (x *CPUStats) GetUserUsec() uint64 {
+	if x != nil {
+		return x.UserUsec
+	}
+	return 0
+}
+
+func (x *CPUStats) GetSystemUsec() uint64 {
+	if x != nil {
+		return x.SystemUsec
+	}
+	return 0
+}
+
+func (x *CPUStats) GetPeriods() uint64 {
+	if x != nil {
+		return x.Periods
+	}
+	return 0
+}
+
+func (x *CPUStats) GetThrottledPeriods() uint64 {
+	if x != nil {
+		return x.ThrottledPeriods
+	}
+	return 0
+}
+
+func (x *CPUStats) GetThrottledUsec() uint64 {
+	if x != nil {
+		return x.ThrottledUsec
+	}
+	return 0
+}
+
+func (x *CPUStats) GetBurstPeriods() uint64 {
+	if x != nil {
+		return x.BurstPeriods
+	}
+	return 0
+}
+
+func (x *CPUStats) GetBurstUsec() uint64 {
+	if x != nil {
+		return x.BurstUsec
+	}
+	return 0
+}
+
+func (x *CPUStats) GetPressure() *PressureStats {
+	if x != nil {
+		return x.Pressure
+	}
+	return nil
+}
+
+type MemoryStats struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Usage     uint64                 `protobuf:"varint,1,opt,name=usage,proto3" json:"usage,omitempty"`
+	MaxUsage  uint64                 `protobuf:"varint,2,opt,name=max_usage,json=maxUsage,proto3" json:"max_usage,omitempty"` // 0: the kernel does not count it
+	Limit     *uint64                `protobuf:"varint,3,opt,name=limit,proto3,oneof" json:"limit,omitempty"`                 // absent: no limit
+	SwapUsage uint64                 `protobuf:"varint,4,opt,name=swap_usage,json=swapUsage,proto3" json:"swap_usage,omitempty"`
+	SwapLimit *uint64                `protobuf:"varint,5,opt,name=swap_limit,json=swapLimit,proto3,oneof" json:"swap_limit,omitempty"` // absent: no limit
+	// memory.stat: bytes, or events since the container was made. At most 128.
+	Stat          map[string]uint64 `protobuf:"bytes,6,rep,name=stat,proto3" json:"stat,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	Events        *MemoryEvents     `protobuf:"bytes,7,opt,name=events,proto3" json:"events,omitempty"`
+	Pressure      *PressureStats    `protobuf:"bytes,8,opt,name=pressure,proto3" json:"pressure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryStats) Reset() {
+	*x = MemoryStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryStats) ProtoMessage() {}
+
+func (x *MemoryStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
+func (*MemoryStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *MemoryStats) GetUsage() uint64 {
+	if x != nil {
+		return x.Usage
+	}
+	return 0
+}
+
+func (x *MemoryStats) GetMaxUsage() uint64 {
+	if x != nil {
+		return x.MaxUsage
+	}
+	return 0
+}
+
+func (x *MemoryStats) GetLimit() uint64 {
+	if x != nil && x.Limit != nil {
+		return *x.Limit
+	}
+	return 0
+}
+
+func (x *MemoryStats) GetSwapUsage() uint64 {
+	if x != nil {
+		return x.SwapUsage
+	}
+	return 0
+}
+
+func (x *MemoryStats) GetSwapLimit() uint64 {
+	if x != nil && x.SwapLimit != nil {
+		return *x.SwapLimit
+	}
+	return 0
+}
+
+func (x *MemoryStats) GetStat() map[string]uint64 {
+	if x != nil {
+		return x.Stat
+	}
+	return nil
+}
+
+func (x *MemoryStats) GetEvents() *MemoryEvents {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+func (x *MemoryStats) GetPressure() *PressureStats {
+	if x != nil {
+		return x.Pressure
+	}
+	return nil
+}
+
+// MemoryEvents is memory.events.
+type MemoryEvents struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Low           uint64                 `protobuf:"varint,1,opt,name=low,proto3" json:"low,omitempty"`
+	High          uint64                 `protobuf:"varint,2,opt,name=high,proto3" json:"high,omitempty"`
+	Max           uint64                 `protobuf:"varint,3,opt,name=max,proto3" json:"max,omitempty"`
+	Oom           uint64                 `protobuf:"varint,4,opt,name=oom,proto3" json:"oom,omitempty"`
+	OomKill       uint64                 `protobuf:"varint,5,opt,name=oom_kill,json=oomKill,proto3" json:"oom_kill,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MemoryEvents) Reset() {
+	*x = MemoryEvents{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MemoryEvents) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MemoryEvents) ProtoMessage() {}
+
+func (x *MemoryEvents) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MemoryEvents.ProtoReflect.Descriptor instead.
+func (*MemoryEvents) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *MemoryEvents) GetLow() uint64 {
+	if x != nil {
+		return x.Low
+	}
+	return 0
+}
+
+func (x *MemoryEvents) GetHigh() uint64 {
+	if x != nil {
+		return x.High
+	}
+	return 0
+}
+
+func (x *MemoryEvents) GetMax() uint64 {
+	if x != nil {
+		return x.Max
+	}
+	return 0
+}
+
+func (x *MemoryEvents) GetOom() uint64 {
+	if x != nil {
+		return x.Oom
+	}
+	return 0
+}
+
+func (x *MemoryEvents) GetOomKill() uint64 {
+	if x != nil {
+		return x.OomKill
+	}
+	return 0
+}
+
+type PidsStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Current       uint64                 `protobuf:"varint,1,opt,name=current,proto3" json:"current,omitempty"`
+	Limit         *uint64                `protobuf:"varint,2,opt,name=limit,proto3,oneof" json:"limit,omitempty"` // absent: no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PidsStats) Reset() {
+	*x = PidsStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PidsStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PidsStats) ProtoMessage() {}
+
+func (x *PidsStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
+func (*PidsStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *PidsStats) GetCurrent() uint64 {
+	if x != nil {
+		return x.Current
+	}
+	return 0
+}
+
+func (x *PidsStats) GetLimit() uint64 {
+	if x != nil && x.Limit != nil {
+		return *x.Limit
+	}
+	return 0
+}
+
+type IOStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Major         uint32                 `protobuf:"varint,1,opt,name=major,proto3" json:"major,omitempty"`
+	Minor         uint32                 `protobuf:"varint,2,opt,name=minor,proto3" json:"minor,omitempty"`
+	ReadBytes     uint64                 `protobuf:"varint,3,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	WrittenBytes  uint64                 `protobuf:"varint,4,opt,name=written_bytes,json=writtenBytes,proto3" json:"written_bytes,omitempty"`
+	Reads         uint64                 `protobuf:"varint,5,opt,name=reads,proto3" json:"reads,omitempty"`
+	Writes        uint64                 `protobuf:"varint,6,opt,name=writes,proto3" json:"writes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IOStats) Reset() {
+	*x = IOStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IOStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IOStats) ProtoMessage() {}
+
+func (x *IOStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
+func (*IOStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *IOStats) GetMajor() uint32 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *IOStats) GetMinor() uint32 {
+	if x != nil {
+		return x.Minor
+	}
+	return 0
+}
+
+func (x *IOStats) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *IOStats) GetWrittenBytes() uint64 {
+	if x != nil {
+		return x.WrittenBytes
+	}
+	return 0
+}
+
+func (x *IOStats) GetReads() uint64 {
+	if x != nil {
+		return x.Reads
+	}
+	return 0
+}
+
+func (x *IOStats) GetWrites() uint64 {
+	if x != nil {
+		return x.Writes
+	}
+	return 0
+}
+
+type HugetlbStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      string                 `protobuf:"bytes,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // as in the kernel's file names: "2MB"
+	Usage         uint64                 `protobuf:"varint,2,opt,name=usage,proto3" json:"usage,omitempty"`
+	Limit         *uint64                `protobuf:"varint,3,opt,name=limit,proto3,oneof" json:"limit,omitempty"` // absent: no limit
+	Failures      uint64                 `protobuf:"varint,4,opt,name=failures,proto3" json:"failures,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HugetlbStats) Reset() {
+	*x = HugetlbStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HugetlbStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HugetlbStats) ProtoMessage() {}
+
+func (x *HugetlbStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HugetlbStats.ProtoReflect.Descriptor instead.
+func (*HugetlbStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *HugetlbStats) GetPageSize() string {
+	if x != nil {
+		return x.PageSize
+	}
+	return ""
+}
+
+func (x *HugetlbStats) GetUsage() uint64 {
+	if x != nil {
+		return x.Usage
+	}
+	return 0
+}
+
+func (x *HugetlbStats) GetLimit() uint64 {
+	if x != nil && x.Limit != nil {
+		return *x.Limit
+	}
+	return 0
+}
+
+func (x *HugetlbStats) GetFailures() uint64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+type NetworkStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	RxBytes       uint64                 `protobuf:"varint,2,opt,name=rx_bytes,json=rxBytes,proto3" json:"rx_bytes,omitempty"`
+	RxPackets     uint64                 `protobuf:"varint,3,opt,name=rx_packets,json=rxPackets,proto3" json:"rx_packets,omitempty"`
+	RxErrors      uint64                 `protobuf:"varint,4,opt,name=rx_errors,json=rxErrors,proto3" json:"rx_errors,omitempty"`
+	RxDropped     uint64                 `protobuf:"varint,5,opt,name=rx_dropped,json=rxDropped,proto3" json:"rx_dropped,omitempty"`
+	TxBytes       uint64                 `protobuf:"varint,6,opt,name=tx_bytes,json=txBytes,proto3" json:"tx_bytes,omitempty"`
+	TxPackets     uint64                 `protobuf:"varint,7,opt,name=tx_packets,json=txPackets,proto3" json:"tx_packets,omitempty"`
+	TxErrors      uint64                 `protobuf:"varint,8,opt,name=tx_errors,json=txErrors,proto3" json:"tx_errors,omitempty"`
+	TxDropped     uint64                 `protobuf:"varint,9,opt,name=tx_dropped,json=txDropped,proto3" json:"tx_dropped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkStats) Reset() {
+	*x = NetworkStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkStats) ProtoMessage() {}
+
+func (x *NetworkStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkStats.ProtoReflect.Descriptor instead.
+func (*NetworkStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *NetworkStats) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkStats) GetRxBytes() uint64 {
+	if x != nil {
+		return x.RxBytes
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetRxPackets() uint64 {
+	if x != nil {
+		return x.RxPackets
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetRxErrors() uint64 {
+	if x != nil {
+		return x.RxErrors
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetRxDropped() uint64 {
+	if x != nil {
+		return x.RxDropped
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetTxBytes() uint64 {
+	if x != nil {
+		return x.TxBytes
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetTxPackets() uint64 {
+	if x != nil {
+		return x.TxPackets
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetTxErrors() uint64 {
+	if x != nil {
+		return x.TxErrors
+	}
+	return 0
+}
+
+func (x *NetworkStats) GetTxDropped() uint64 {
+	if x != nil {
+		return x.TxDropped
+	}
+	return 0
+}
+
+// PressureStats is a pressure file, Documentation/accounting/psi.rst.
+type PressureStats struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Some          *Pressure              `protobuf:"bytes,1,opt,name=some,proto3" json:"some,omitempty"`
+	Full          *Pressure              `protobuf:"bytes,2,opt,name=full,proto3" json:"full,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PressureStats) Reset() {
+	*x = PressureStats{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PressureStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PressureStats) ProtoMessage() {}
+
+func (x *PressureStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PressureStats.ProtoReflect.Descriptor instead.
+func (*PressureStats) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *PressureStats) GetSome() *Pressure {
+	if x != nil {
+		return x.Some
+	}
+	return nil
+}
+
+func (x *PressureStats) GetFull() *Pressure {
+	if x != nil {
+		return x.Full
+	}
+	return nil
+}
+
+type Pressure struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Avg10         float64                `protobuf:"fixed64,1,opt,name=avg10,proto3" json:"avg10,omitempty"`
+	Avg60         float64                `protobuf:"fixed64,2,opt,name=avg60,proto3" json:"avg60,omitempty"`
+	Avg300        float64                `protobuf:"fixed64,3,opt,name=avg300,proto3" json:"avg300,omitempty"`
+	TotalUsec     uint64                 `protobuf:"varint,4,opt,name=total_usec,json=totalUsec,proto3" json:"total_usec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pressure) Reset() {
+	*x = Pressure{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pressure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pressure) ProtoMessage() {}
+
+func (x *Pressure) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
+func (*Pressure) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *Pressure) GetAvg10() float64 {
+	if x != nil {
+		return x.Avg10
+	}
+	return 0
+}
+
+func (x *Pressure) GetAvg60() float64 {
+	if x != nil {
+		return x.Avg60
+	}
+	return 0
+}
+
+func (x *Pressure) GetAvg300() float64 {
+	if x != nil {
+		return x.Avg300
+	}
+	return 0
+}
+
+func (x *Pressure) GetTotalUsec() uint64 {
+	if x != nil {
+		return x.TotalUsec
+	}
+	return 0
+}
+
+type UpdateContainerRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// Device rules are those that the container was made with, and left alone.
+	Resources     *Resources `protobuf:"bytes,2,opt,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateContainerRequest) Reset() {
+	*x = UpdateContainerRequest{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateContainerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateContainerRequest) ProtoMessage() {}
+
+func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
+func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *UpdateContainerRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *UpdateContainerRequest) GetResources() *Resources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+type UpdateContainerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateContainerResponse) Reset() {
+	*x = UpdateContainerResponse{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateContainerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateContainerResponse) ProtoMessage() {}
+
+func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateContainerResponse.ProtoReflect.Descriptor instead.
+func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{64}
+}
+
+type WaitOOMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	After         uint64                 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"` // as many are known to the caller
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitOOMRequest) Reset() {
+	*x = WaitOOMRequest{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitOOMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitOOMRequest) ProtoMessage() {}
+
+func (x *WaitOOMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitOOMRequest.ProtoReflect.Descriptor instead.
+func (*WaitOOMRequest) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *WaitOOMRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *WaitOOMRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+type WaitOOMResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Count         uint64                 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"` // greater than after
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitOOMResponse) Reset() {
+	*x = WaitOOMResponse{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitOOMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitOOMResponse) ProtoMessage() {}
+
+func (x *WaitOOMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitOOMResponse.ProtoReflect.Descriptor instead.
+func (*WaitOOMResponse) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *WaitOOMResponse) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
@@ -3507,9 +4597,11 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x18\n" +
 	"\aoptions\x18\x03 \x01(\tR\aoptions\x12\x1b\n" +
-	"\tread_only\x18\x04 \x01(\bR\breadOnly\"v\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\"\x97\x01\n" +
 	"\aNetwork\x12/\n" +
-	"\x04mode\x18\x01 \x01(\x0e2\x1b.runv.agent.v1.Network.ModeR\x04mode\":\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1b.runv.agent.v1.Network.ModeR\x04mode\x12\x1f\n" +
+	"\vmac_address\x18\x02 \x01(\tR\n" +
+	"macAddress\":\n" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tMODE_NONE\x10\x01\x12\r\n" +
@@ -3751,7 +4843,103 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\x19\n" +
 	"\x17DeleteContainerResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xd6\t\n" +
+	"\x10ShutdownResponse\":\n" +
+	"\x15StatsContainerRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"M\n" +
+	"\x16StatsContainerResponse\x123\n" +
+	"\x05stats\x18\x01 \x01(\v2\x1d.runv.agent.v1.ContainerStatsR\x05stats\"\xb3\x02\n" +
+	"\x0eContainerStats\x12)\n" +
+	"\x03cpu\x18\x01 \x01(\v2\x17.runv.agent.v1.CPUStatsR\x03cpu\x122\n" +
+	"\x06memory\x18\x02 \x01(\v2\x1a.runv.agent.v1.MemoryStatsR\x06memory\x12,\n" +
+	"\x04pids\x18\x03 \x01(\v2\x18.runv.agent.v1.PidsStatsR\x04pids\x12&\n" +
+	"\x02io\x18\x04 \x03(\v2\x16.runv.agent.v1.IOStatsR\x02io\x125\n" +
+	"\ahugetlb\x18\x05 \x03(\v2\x1b.runv.agent.v1.HugetlbStatsR\ahugetlb\x125\n" +
+	"\anetwork\x18\x06 \x03(\v2\x1b.runv.agent.v1.NetworkStatsR\anetwork\"\xd3\x02\n" +
+	"\bCPUStats\x12\x1d\n" +
+	"\n" +
+	"usage_usec\x18\x01 \x01(\x04R\tusageUsec\x12\x1b\n" +
+	"\tuser_usec\x18\x02 \x01(\x04R\buserUsec\x12\x1f\n" +
+	"\vsystem_usec\x18\x03 \x01(\x04R\n" +
+	"systemUsec\x12\x18\n" +
+	"\aperiods\x18\x04 \x01(\x04R\aperiods\x12+\n" +
+	"\x11throttled_periods\x18\x05 \x01(\x04R\x10throttledPeriods\x12%\n" +
+	"\x0ethrottled_usec\x18\x06 \x01(\x04R\rthrottledUsec\x12#\n" +
+	"\rburst_periods\x18\a \x01(\x04R\fburstPeriods\x12\x1d\n" +
+	"\n" +
+	"burst_usec\x18\b \x01(\x04R\tburstUsec\x128\n" +
+	"\bpressure\x18\t \x01(\v2\x1c.runv.agent.v1.PressureStatsR\bpressure\"\x99\x03\n" +
+	"\vMemoryStats\x12\x14\n" +
+	"\x05usage\x18\x01 \x01(\x04R\x05usage\x12\x1b\n" +
+	"\tmax_usage\x18\x02 \x01(\x04R\bmaxUsage\x12\x19\n" +
+	"\x05limit\x18\x03 \x01(\x04H\x00R\x05limit\x88\x01\x01\x12\x1d\n" +
+	"\n" +
+	"swap_usage\x18\x04 \x01(\x04R\tswapUsage\x12\"\n" +
+	"\n" +
+	"swap_limit\x18\x05 \x01(\x04H\x01R\tswapLimit\x88\x01\x01\x128\n" +
+	"\x04stat\x18\x06 \x03(\v2$.runv.agent.v1.MemoryStats.StatEntryR\x04stat\x123\n" +
+	"\x06events\x18\a \x01(\v2\x1b.runv.agent.v1.MemoryEventsR\x06events\x128\n" +
+	"\bpressure\x18\b \x01(\v2\x1c.runv.agent.v1.PressureStatsR\bpressure\x1a7\n" +
+	"\tStatEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01B\b\n" +
+	"\x06_limitB\r\n" +
+	"\v_swap_limit\"s\n" +
+	"\fMemoryEvents\x12\x10\n" +
+	"\x03low\x18\x01 \x01(\x04R\x03low\x12\x12\n" +
+	"\x04high\x18\x02 \x01(\x04R\x04high\x12\x10\n" +
+	"\x03max\x18\x03 \x01(\x04R\x03max\x12\x10\n" +
+	"\x03oom\x18\x04 \x01(\x04R\x03oom\x12\x19\n" +
+	"\boom_kill\x18\x05 \x01(\x04R\aoomKill\"J\n" +
+	"\tPidsStats\x12\x18\n" +
+	"\acurrent\x18\x01 \x01(\x04R\acurrent\x12\x19\n" +
+	"\x05limit\x18\x02 \x01(\x04H\x00R\x05limit\x88\x01\x01B\b\n" +
+	"\x06_limit\"\xa7\x01\n" +
+	"\aIOStats\x12\x14\n" +
+	"\x05major\x18\x01 \x01(\rR\x05major\x12\x14\n" +
+	"\x05minor\x18\x02 \x01(\rR\x05minor\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x03 \x01(\x04R\treadBytes\x12#\n" +
+	"\rwritten_bytes\x18\x04 \x01(\x04R\fwrittenBytes\x12\x14\n" +
+	"\x05reads\x18\x05 \x01(\x04R\x05reads\x12\x16\n" +
+	"\x06writes\x18\x06 \x01(\x04R\x06writes\"\x82\x01\n" +
+	"\fHugetlbStats\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\tR\bpageSize\x12\x14\n" +
+	"\x05usage\x18\x02 \x01(\x04R\x05usage\x12\x19\n" +
+	"\x05limit\x18\x03 \x01(\x04H\x00R\x05limit\x88\x01\x01\x12\x1a\n" +
+	"\bfailures\x18\x04 \x01(\x04R\bfailuresB\b\n" +
+	"\x06_limit\"\x8e\x02\n" +
+	"\fNetworkStats\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
+	"\brx_bytes\x18\x02 \x01(\x04R\arxBytes\x12\x1d\n" +
+	"\n" +
+	"rx_packets\x18\x03 \x01(\x04R\trxPackets\x12\x1b\n" +
+	"\trx_errors\x18\x04 \x01(\x04R\brxErrors\x12\x1d\n" +
+	"\n" +
+	"rx_dropped\x18\x05 \x01(\x04R\trxDropped\x12\x19\n" +
+	"\btx_bytes\x18\x06 \x01(\x04R\atxBytes\x12\x1d\n" +
+	"\n" +
+	"tx_packets\x18\a \x01(\x04R\ttxPackets\x12\x1b\n" +
+	"\ttx_errors\x18\b \x01(\x04R\btxErrors\x12\x1d\n" +
+	"\n" +
+	"tx_dropped\x18\t \x01(\x04R\ttxDropped\"i\n" +
+	"\rPressureStats\x12+\n" +
+	"\x04some\x18\x01 \x01(\v2\x17.runv.agent.v1.PressureR\x04some\x12+\n" +
+	"\x04full\x18\x02 \x01(\v2\x17.runv.agent.v1.PressureR\x04full\"m\n" +
+	"\bPressure\x12\x14\n" +
+	"\x05avg10\x18\x01 \x01(\x01R\x05avg10\x12\x14\n" +
+	"\x05avg60\x18\x02 \x01(\x01R\x05avg60\x12\x16\n" +
+	"\x06avg300\x18\x03 \x01(\x01R\x06avg300\x12\x1d\n" +
+	"\n" +
+	"total_usec\x18\x04 \x01(\x04R\ttotalUsec\"s\n" +
+	"\x16UpdateContainerRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x126\n" +
+	"\tresources\x18\x02 \x01(\v2\x18.runv.agent.v1.ResourcesR\tresources\"\x19\n" +
+	"\x17UpdateContainerResponse\"I\n" +
+	"\x0eWaitOOMRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\x04R\x05after\"'\n" +
+	"\x0fWaitOOMResponse\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\x04R\x05count2\xe1\v\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Hello\x12\x1b.runv.agent.v1.HelloRequest\x1a\x1c.runv.agent.v1.HelloResponse\x12c\n" +
 	"\x10ConfigureSandbox\x12&.runv.agent.v1.ConfigureSandboxRequest\x1a'.runv.agent.v1.ConfigureSandboxResponse\x12E\n" +
@@ -3765,7 +4953,10 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\rListProcesses\x12#.runv.agent.v1.ListProcessesRequest\x1a$.runv.agent.v1.ListProcessesResponse\x12]\n" +
 	"\x0ePauseContainer\x12$.runv.agent.v1.PauseContainerRequest\x1a%.runv.agent.v1.PauseContainerResponse\x12`\n" +
 	"\x0fResumeContainer\x12%.runv.agent.v1.ResumeContainerRequest\x1a&.runv.agent.v1.ResumeContainerResponse\x12`\n" +
-	"\x0fDeleteContainer\x12%.runv.agent.v1.DeleteContainerRequest\x1a&.runv.agent.v1.DeleteContainerResponse\x12K\n" +
+	"\x0fDeleteContainer\x12%.runv.agent.v1.DeleteContainerRequest\x1a&.runv.agent.v1.DeleteContainerResponse\x12]\n" +
+	"\x0eStatsContainer\x12$.runv.agent.v1.StatsContainerRequest\x1a%.runv.agent.v1.StatsContainerResponse\x12`\n" +
+	"\x0fUpdateContainer\x12%.runv.agent.v1.UpdateContainerRequest\x1a&.runv.agent.v1.UpdateContainerResponse\x12H\n" +
+	"\aWaitOOM\x12\x1d.runv.agent.v1.WaitOOMRequest\x1a\x1e.runv.agent.v1.WaitOOMResponse\x12K\n" +
 	"\bShutdown\x12\x1e.runv.agent.v1.ShutdownRequest\x1a\x1f.runv.agent.v1.ShutdownResponseB.Z,github.com/hyperhq/runv/api/agent/v1;agentv1b\x06proto3"
 
 var (
@@ -3781,7 +4972,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(StreamHeader_Kind)(0),           // 0: runv.agent.v1.StreamHeader.Kind
 	(Network_Mode)(0),                // 1: runv.agent.v1.Network.Mode
@@ -3837,10 +5028,27 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*DeleteContainerResponse)(nil),  // 51: runv.agent.v1.DeleteContainerResponse
 	(*ShutdownRequest)(nil),          // 52: runv.agent.v1.ShutdownRequest
 	(*ShutdownResponse)(nil),         // 53: runv.agent.v1.ShutdownResponse
-	nil,                              // 54: runv.agent.v1.CreateContainerRequest.SysctlEntry
-	nil,                              // 55: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	nil,                              // 56: runv.agent.v1.Resources.UnifiedEntry
-	nil,                              // 57: runv.agent.v1.HookState.AnnotationsEntry
+	(*StatsContainerRequest)(nil),    // 54: runv.agent.v1.StatsContainerRequest
+	(*StatsContainerResponse)(nil),   // 55: runv.agent.v1.StatsContainerResponse
+	(*ContainerStats)(nil),           // 56: runv.agent.v1.ContainerStats
+	(*CPUStats)(nil),                 // 57: runv.agent.v1.CPUStats
+	(*MemoryStats)(nil),              // 58: runv.agent.v1.MemoryStats
+	(*MemoryEvents)(nil),             // 59: runv.agent.v1.MemoryEvents
+	(*PidsStats)(nil),                // 60: runv.agent.v1.PidsStats
+	(*IOStats)(nil),                  // 61: runv.agent.v1.IOStats
+	(*HugetlbStats)(nil),             // 62: runv.agent.v1.HugetlbStats
+	(*NetworkStats)(nil),             // 63: runv.agent.v1.NetworkStats
+	(*PressureStats)(nil),            // 64: runv.agent.v1.PressureStats
+	(*Pressure)(nil),                 // 65: runv.agent.v1.Pressure
+	(*UpdateContainerRequest)(nil),   // 66: runv.agent.v1.UpdateContainerRequest
+	(*UpdateContainerResponse)(nil),  // 67: runv.agent.v1.UpdateContainerResponse
+	(*WaitOOMRequest)(nil),           // 68: runv.agent.v1.WaitOOMRequest
+	(*WaitOOMResponse)(nil),          // 69: runv.agent.v1.WaitOOMResponse
+	nil,                              // 70: runv.agent.v1.CreateContainerRequest.SysctlEntry
+	nil,                              // 71: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	nil,                              // 72: runv.agent.v1.Resources.UnifiedEntry
+	nil,                              // 73: runv.agent.v1.HookState.AnnotationsEntry
+	nil,                              // 74: runv.agent.v1.MemoryStats.StatEntry
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: runv.agent.v1.StreamHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
@@ -3853,20 +5061,20 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	18, // 7: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
 	19, // 8: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
 	19, // 9: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
-	54, // 10: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
+	70, // 10: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
 	20, // 11: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
 	23, // 12: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
 	24, // 13: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
 	26, // 14: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
 	27, // 15: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
 	14, // 16: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
-	55, // 17: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	71, // 17: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
 	2,  // 18: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
-	56, // 19: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
+	72, // 19: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
 	21, // 20: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
 	25, // 21: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
 	25, // 22: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
-	57, // 23: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
+	73, // 23: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
 	28, // 24: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
 	29, // 25: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
 	30, // 26: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
@@ -3875,40 +5083,60 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	27, // 29: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
 	14, // 30: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
 	45, // 31: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	22, // 32: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
-	4,  // 33: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 34: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	8,  // 35: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
-	12, // 36: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	33, // 37: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	35, // 38: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	37, // 39: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	39, // 40: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	41, // 41: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	43, // 42: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	46, // 43: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	48, // 44: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	50, // 45: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	52, // 46: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 47: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 48: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	9,  // 49: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
-	13, // 50: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	34, // 51: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	36, // 52: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	38, // 53: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	40, // 54: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	42, // 55: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	44, // 56: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	47, // 57: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	49, // 58: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	51, // 59: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	53, // 60: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	47, // [47:61] is the sub-list for method output_type
-	33, // [33:47] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	56, // 32: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
+	57, // 33: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
+	58, // 34: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
+	60, // 35: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
+	61, // 36: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
+	62, // 37: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
+	63, // 38: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
+	64, // 39: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
+	74, // 40: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
+	59, // 41: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
+	64, // 42: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
+	65, // 43: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
+	65, // 44: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
+	20, // 45: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	22, // 46: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 47: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 48: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	8,  // 49: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
+	12, // 50: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	33, // 51: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	35, // 52: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	37, // 53: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	39, // 54: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	41, // 55: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	43, // 56: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	46, // 57: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	48, // 58: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	50, // 59: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	54, // 60: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
+	66, // 61: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
+	68, // 62: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
+	52, // 63: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 64: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 65: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	9,  // 66: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
+	13, // 67: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	34, // 68: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	36, // 69: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	38, // 70: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	40, // 71: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	42, // 72: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	44, // 73: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	47, // 74: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	49, // 75: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	51, // 76: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	55, // 77: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
+	67, // 78: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
+	69, // 79: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
+	53, // 80: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	64, // [64:81] is the sub-list for method output_type
+	47, // [47:64] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -3918,13 +5146,16 @@ func file_api_agent_v1_agent_proto_init() {
 	}
 	file_api_agent_v1_agent_proto_msgTypes[24].OneofWrappers = []any{}
 	file_api_agent_v1_agent_proto_msgTypes[25].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[55].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[57].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[59].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   55,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,67 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type Event_Kind int32
+
+const (
+	Event_KIND_UNSPECIFIED Event_Kind = 0
+	Event_KIND_OOM         Event_Kind = 1 // the guest's kernel killed a process for want of memory
+	Event_KIND_EXIT        Event_Kind = 2 // the container's init process has ended
+	Event_KIND_START       Event_Kind = 3
+	Event_KIND_PAUSE       Event_Kind = 4
+	Event_KIND_RESUME      Event_Kind = 5
+	Event_KIND_UPDATE      Event_Kind = 6
+)
+
+// Enum value maps for Event_Kind.
+var (
+	Event_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_OOM",
+		2: "KIND_EXIT",
+		3: "KIND_START",
+		4: "KIND_PAUSE",
+		5: "KIND_RESUME",
+		6: "KIND_UPDATE",
+	}
+	Event_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_OOM":         1,
+		"KIND_EXIT":        2,
+		"KIND_START":       3,
+		"KIND_PAUSE":       4,
+		"KIND_RESUME":      5,
+		"KIND_UPDATE":      6,
+	}
+)
+
+func (x Event_Kind) Enum() *Event_Kind {
+	p := new(Event_Kind)
+	*p = x
+	return p
+}
+
+func (x Event_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Event_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_api_supervisor_v1_supervisor_proto_enumTypes[0].Descriptor()
+}
+
+func (Event_Kind) Type() protoreflect.EnumType {
+	return &file_api_supervisor_v1_supervisor_proto_enumTypes[0]
+}
+
+func (x Event_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Event_Kind.Descriptor instead.
+func (Event_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{40, 0}
+}
+
 type StdioHeader struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -239,8 +300,12 @@ type VM struct {
 	// "required": fail if it cannot be cloned; "preferred" or empty: boot then,
 	// and say so in CreateResponse.
 	TemplatePolicy string `protobuf:"bytes,14,opt,name=template_policy,json=templatePolicy,proto3" json:"template_policy,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Policy of a factory, see package factory/policy; empty: none. The template of
+	// the entry that is chosen by vcpus and memory_mib is then below the directory
+	// template, or is that directory.
+	Factory       string `protobuf:"bytes,15,opt,name=factory,proto3" json:"factory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *VM) Reset() {
@@ -367,6 +432,13 @@ func (x *VM) GetTemplate() string {
 func (x *VM) GetTemplatePolicy() string {
 	if x != nil {
 		return x.TemplatePolicy
+	}
+	return ""
+}
+
+func (x *VM) GetFactory() string {
+	if x != nil {
+		return x.Factory
 	}
 	return ""
 }
@@ -672,17 +744,19 @@ func (x *StandIn) GetStartTime() uint64 {
 }
 
 type CreateRequest struct {
-	state         protoimpl.MessageState     `protogen:"open.v1"`
-	Id            string                     `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	SandboxId     string                     `protobuf:"bytes,2,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	Bundle        string                     `protobuf:"bytes,3,opt,name=bundle,proto3" json:"bundle,omitempty"`
-	OciVersion    string                     `protobuf:"bytes,4,opt,name=oci_version,json=ociVersion,proto3" json:"oci_version,omitempty"`
-	Annotations   map[string]string          `protobuf:"bytes,5,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Vm            *VM                        `protobuf:"bytes,6,opt,name=vm,proto3" json:"vm,omitempty"`
-	Mounts        []*HostMount               `protobuf:"bytes,7,rep,name=mounts,proto3" json:"mounts,omitempty"` // the rootfs first
-	Hooks         *Hooks                     `protobuf:"bytes,8,opt,name=hooks,proto3" json:"hooks,omitempty"`
-	StandIn       *StandIn                   `protobuf:"bytes,9,opt,name=stand_in,json=standIn,proto3" json:"stand_in,omitempty"`
-	Container     *v1.CreateContainerRequest `protobuf:"bytes,10,opt,name=container,proto3" json:"container,omitempty"`
+	state       protoimpl.MessageState     `protogen:"open.v1"`
+	Id          string                     `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SandboxId   string                     `protobuf:"bytes,2,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Bundle      string                     `protobuf:"bytes,3,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	OciVersion  string                     `protobuf:"bytes,4,opt,name=oci_version,json=ociVersion,proto3" json:"oci_version,omitempty"`
+	Annotations map[string]string          `protobuf:"bytes,5,rep,name=annotations,proto3" json:"annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Vm          *VM                        `protobuf:"bytes,6,opt,name=vm,proto3" json:"vm,omitempty"`
+	Mounts      []*HostMount               `protobuf:"bytes,7,rep,name=mounts,proto3" json:"mounts,omitempty"` // the rootfs first
+	Hooks       *Hooks                     `protobuf:"bytes,8,opt,name=hooks,proto3" json:"hooks,omitempty"`
+	StandIn     *StandIn                   `protobuf:"bytes,9,opt,name=stand_in,json=standIn,proto3" json:"stand_in,omitempty"`
+	Container   *v1.CreateContainerRequest `protobuf:"bytes,10,opt,name=container,proto3" json:"container,omitempty"`
+	// The cgroup on the host; absent: none, and no limits are recorded.
+	Cgroup        *HostCgroup `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -783,6 +857,13 @@ func (x *CreateRequest) GetStandIn() *StandIn {
 func (x *CreateRequest) GetContainer() *v1.CreateContainerRequest {
 	if x != nil {
 		return x.Container
+	}
+	return nil
+}
+
+func (x *CreateRequest) GetCgroup() *HostCgroup {
+	if x != nil {
+		return x.Cgroup
 	}
 	return nil
 }
@@ -1706,6 +1787,1380 @@ func (*DeleteResponse) Descriptor() ([]byte, []int) {
 	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{27}
 }
 
+// HostCgroup is the cgroup of a container on the host. It holds the container's
+// stand-ins and, for the sandbox container, the supervisor and the VM.
+type HostCgroup struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// linux.cgroupsPath of config.json: a path, or "slice:prefix:name" for systemd.
+	// Empty: chosen by the supervisor if resources ask for one, see docs/limits.md.
+	Path          string          `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Systemd       bool            `protobuf:"varint,2,opt,name=systemd,proto3" json:"systemd,omitempty"`   // systemd makes it
+	Required      bool            `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"` // creation fails where a warning would do
+	Resources     *LinuxResources `protobuf:"bytes,4,opt,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostCgroup) Reset() {
+	*x = HostCgroup{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostCgroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostCgroup) ProtoMessage() {}
+
+func (x *HostCgroup) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostCgroup.ProtoReflect.Descriptor instead.
+func (*HostCgroup) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *HostCgroup) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *HostCgroup) GetSystemd() bool {
+	if x != nil {
+		return x.Systemd
+	}
+	return false
+}
+
+func (x *HostCgroup) GetRequired() bool {
+	if x != nil {
+		return x.Required
+	}
+	return false
+}
+
+func (x *HostCgroup) GetResources() *LinuxResources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+// LinuxResources is linux.resources of the OCI runtime specification without
+// its rules for devices. What is absent is not asked for.
+type LinuxResources struct {
+	state                   protoimpl.MessageState `protogen:"open.v1"`
+	MemoryLimit             *int64                 `protobuf:"varint,1,opt,name=memory_limit,json=memoryLimit,proto3,oneof" json:"memory_limit,omitempty"` // bytes; -1: no limit
+	MemoryReservation       *int64                 `protobuf:"varint,2,opt,name=memory_reservation,json=memoryReservation,proto3,oneof" json:"memory_reservation,omitempty"`
+	MemorySwap              *int64                 `protobuf:"varint,3,opt,name=memory_swap,json=memorySwap,proto3,oneof" json:"memory_swap,omitempty"` // memory and swap together
+	MemorySwappiness        *uint64                `protobuf:"varint,4,opt,name=memory_swappiness,json=memorySwappiness,proto3,oneof" json:"memory_swappiness,omitempty"`
+	MemoryDisableOomKiller  *bool                  `protobuf:"varint,5,opt,name=memory_disable_oom_killer,json=memoryDisableOomKiller,proto3,oneof" json:"memory_disable_oom_killer,omitempty"`
+	MemoryCheckBeforeUpdate *bool                  `protobuf:"varint,6,opt,name=memory_check_before_update,json=memoryCheckBeforeUpdate,proto3,oneof" json:"memory_check_before_update,omitempty"`
+	CpuShares               *uint64                `protobuf:"varint,7,opt,name=cpu_shares,json=cpuShares,proto3,oneof" json:"cpu_shares,omitempty"`
+	CpuQuota                *int64                 `protobuf:"varint,8,opt,name=cpu_quota,json=cpuQuota,proto3,oneof" json:"cpu_quota,omitempty"` // microseconds per period; -1: no limit
+	CpuPeriod               *uint64                `protobuf:"varint,9,opt,name=cpu_period,json=cpuPeriod,proto3,oneof" json:"cpu_period,omitempty"`
+	CpuBurst                *uint64                `protobuf:"varint,10,opt,name=cpu_burst,json=cpuBurst,proto3,oneof" json:"cpu_burst,omitempty"`
+	CpuIdle                 *int64                 `protobuf:"varint,11,opt,name=cpu_idle,json=cpuIdle,proto3,oneof" json:"cpu_idle,omitempty"`
+	CpuRealtimeRuntime      *int64                 `protobuf:"varint,12,opt,name=cpu_realtime_runtime,json=cpuRealtimeRuntime,proto3,oneof" json:"cpu_realtime_runtime,omitempty"`
+	CpuRealtimePeriod       *uint64                `protobuf:"varint,13,opt,name=cpu_realtime_period,json=cpuRealtimePeriod,proto3,oneof" json:"cpu_realtime_period,omitempty"`
+	Cpus                    string                 `protobuf:"bytes,14,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	Mems                    string                 `protobuf:"bytes,15,opt,name=mems,proto3" json:"mems,omitempty"`
+	PidsLimit               *int64                 `protobuf:"varint,16,opt,name=pids_limit,json=pidsLimit,proto3,oneof" json:"pids_limit,omitempty"`
+	BlockIoWeight           *uint32                `protobuf:"varint,17,opt,name=block_io_weight,json=blockIoWeight,proto3,oneof" json:"block_io_weight,omitempty"`
+	BlockIoLeafWeight       *uint32                `protobuf:"varint,18,opt,name=block_io_leaf_weight,json=blockIoLeafWeight,proto3,oneof" json:"block_io_leaf_weight,omitempty"`
+	BlockIoWeightDevices    []*BlockIODevice       `protobuf:"bytes,19,rep,name=block_io_weight_devices,json=blockIoWeightDevices,proto3" json:"block_io_weight_devices,omitempty"`
+	ThrottleReadBps         []*BlockIODevice       `protobuf:"bytes,20,rep,name=throttle_read_bps,json=throttleReadBps,proto3" json:"throttle_read_bps,omitempty"`
+	ThrottleWriteBps        []*BlockIODevice       `protobuf:"bytes,21,rep,name=throttle_write_bps,json=throttleWriteBps,proto3" json:"throttle_write_bps,omitempty"`
+	ThrottleReadIops        []*BlockIODevice       `protobuf:"bytes,22,rep,name=throttle_read_iops,json=throttleReadIops,proto3" json:"throttle_read_iops,omitempty"`
+	ThrottleWriteIops       []*BlockIODevice       `protobuf:"bytes,23,rep,name=throttle_write_iops,json=throttleWriteIops,proto3" json:"throttle_write_iops,omitempty"`
+	HugepageLimits          []*HugepageLimit       `protobuf:"bytes,24,rep,name=hugepage_limits,json=hugepageLimits,proto3" json:"hugepage_limits,omitempty"`
+	NetworkClassId          *uint32                `protobuf:"varint,25,opt,name=network_class_id,json=networkClassId,proto3,oneof" json:"network_class_id,omitempty"`
+	NetworkPriorities       []*NetworkPriority     `protobuf:"bytes,26,rep,name=network_priorities,json=networkPriorities,proto3" json:"network_priorities,omitempty"`
+	Unified                 map[string]string      `protobuf:"bytes,27,rep,name=unified,proto3" json:"unified,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
+}
+
+func (x *LinuxResources) Reset() {
+	*x = LinuxResources{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LinuxResources) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LinuxResources) ProtoMessage() {}
+
+func (x *LinuxResources) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LinuxResources.ProtoReflect.Descriptor instead.
+func (*LinuxResources) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *LinuxResources) GetMemoryLimit() int64 {
+	if x != nil && x.MemoryLimit != nil {
+		return *x.MemoryLimit
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetMemoryReservation() int64 {
+	if x != nil && x.MemoryReservation != nil {
+		return *x.MemoryReservation
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetMemorySwap() int64 {
+	if x != nil && x.MemorySwap != nil {
+		return *x.MemorySwap
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetMemorySwappiness() uint64 {
+	if x != nil && x.MemorySwappiness != nil {
+		return *x.MemorySwappiness
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetMemoryDisableOomKiller() bool {
+	if x != nil && x.MemoryDisableOomKiller != nil {
+		return *x.MemoryDisableOomKiller
+	}
+	return false
+}
+
+func (x *LinuxResources) GetMemoryCheckBeforeUpdate() bool {
+	if x != nil && x.MemoryCheckBeforeUpdate != nil {
+		return *x.MemoryCheckBeforeUpdate
+	}
+	return false
+}
+
+func (x *LinuxResources) GetCpuShares() uint64 {
+	if x != nil && x.CpuShares != nil {
+		return *x.CpuShares
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuQuota() int64 {
+	if x != nil && x.CpuQuota != nil {
+		return *x.CpuQuota
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuPeriod() uint64 {
+	if x != nil && x.CpuPeriod != nil {
+		return *x.CpuPeriod
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuBurst() uint64 {
+	if x != nil && x.CpuBurst != nil {
+		return *x.CpuBurst
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuIdle() int64 {
+	if x != nil && x.CpuIdle != nil {
+		return *x.CpuIdle
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuRealtimeRuntime() int64 {
+	if x != nil && x.CpuRealtimeRuntime != nil {
+		return *x.CpuRealtimeRuntime
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpuRealtimePeriod() uint64 {
+	if x != nil && x.CpuRealtimePeriod != nil {
+		return *x.CpuRealtimePeriod
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetCpus() string {
+	if x != nil {
+		return x.Cpus
+	}
+	return ""
+}
+
+func (x *LinuxResources) GetMems() string {
+	if x != nil {
+		return x.Mems
+	}
+	return ""
+}
+
+func (x *LinuxResources) GetPidsLimit() int64 {
+	if x != nil && x.PidsLimit != nil {
+		return *x.PidsLimit
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetBlockIoWeight() uint32 {
+	if x != nil && x.BlockIoWeight != nil {
+		return *x.BlockIoWeight
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetBlockIoLeafWeight() uint32 {
+	if x != nil && x.BlockIoLeafWeight != nil {
+		return *x.BlockIoLeafWeight
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetBlockIoWeightDevices() []*BlockIODevice {
+	if x != nil {
+		return x.BlockIoWeightDevices
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetThrottleReadBps() []*BlockIODevice {
+	if x != nil {
+		return x.ThrottleReadBps
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetThrottleWriteBps() []*BlockIODevice {
+	if x != nil {
+		return x.ThrottleWriteBps
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetThrottleReadIops() []*BlockIODevice {
+	if x != nil {
+		return x.ThrottleReadIops
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetThrottleWriteIops() []*BlockIODevice {
+	if x != nil {
+		return x.ThrottleWriteIops
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetHugepageLimits() []*HugepageLimit {
+	if x != nil {
+		return x.HugepageLimits
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetNetworkClassId() uint32 {
+	if x != nil && x.NetworkClassId != nil {
+		return *x.NetworkClassId
+	}
+	return 0
+}
+
+func (x *LinuxResources) GetNetworkPriorities() []*NetworkPriority {
+	if x != nil {
+		return x.NetworkPriorities
+	}
+	return nil
+}
+
+func (x *LinuxResources) GetUnified() map[string]string {
+	if x != nil {
+		return x.Unified
+	}
+	return nil
+}
+
+// BlockIODevice is a limit for one block device of the host.
+type BlockIODevice struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Major         int64                  `protobuf:"varint,1,opt,name=major,proto3" json:"major,omitempty"`
+	Minor         int64                  `protobuf:"varint,2,opt,name=minor,proto3" json:"minor,omitempty"`
+	Rate          uint64                 `protobuf:"varint,3,opt,name=rate,proto3" json:"rate,omitempty"`           // of a throttle: bytes or operations per second
+	Weight        *uint32                `protobuf:"varint,4,opt,name=weight,proto3,oneof" json:"weight,omitempty"` // of a weight
+	LeafWeight    *uint32                `protobuf:"varint,5,opt,name=leaf_weight,json=leafWeight,proto3,oneof" json:"leaf_weight,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlockIODevice) Reset() {
+	*x = BlockIODevice{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlockIODevice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlockIODevice) ProtoMessage() {}
+
+func (x *BlockIODevice) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlockIODevice.ProtoReflect.Descriptor instead.
+func (*BlockIODevice) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *BlockIODevice) GetMajor() int64 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *BlockIODevice) GetMinor() int64 {
+	if x != nil {
+		return x.Minor
+	}
+	return 0
+}
+
+func (x *BlockIODevice) GetRate() uint64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *BlockIODevice) GetWeight() uint32 {
+	if x != nil && x.Weight != nil {
+		return *x.Weight
+	}
+	return 0
+}
+
+func (x *BlockIODevice) GetLeafWeight() uint32 {
+	if x != nil && x.LeafWeight != nil {
+		return *x.LeafWeight
+	}
+	return 0
+}
+
+type HugepageLimit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      string                 `protobuf:"bytes,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	Limit         uint64                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HugepageLimit) Reset() {
+	*x = HugepageLimit{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HugepageLimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HugepageLimit) ProtoMessage() {}
+
+func (x *HugepageLimit) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HugepageLimit.ProtoReflect.Descriptor instead.
+func (*HugepageLimit) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *HugepageLimit) GetPageSize() string {
+	if x != nil {
+		return x.PageSize
+	}
+	return ""
+}
+
+func (x *HugepageLimit) GetLimit() uint64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type NetworkPriority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Priority      uint32                 `protobuf:"varint,2,opt,name=priority,proto3" json:"priority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPriority) Reset() {
+	*x = NetworkPriority{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPriority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPriority) ProtoMessage() {}
+
+func (x *NetworkPriority) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPriority.ProtoReflect.Descriptor instead.
+func (*NetworkPriority) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *NetworkPriority) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkPriority) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+type UpdateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What the guest's cgroup is to have; device rules are left alone.
+	Guest *v1.Resources `protobuf:"bytes,2,opt,name=guest,proto3" json:"guest,omitempty"`
+	// All limits as they are afterwards, for the host and the record.
+	Resources     *LinuxResources `protobuf:"bytes,3,opt,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRequest) Reset() {
+	*x = UpdateRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRequest) ProtoMessage() {}
+
+func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *UpdateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UpdateRequest) GetGuest() *v1.Resources {
+	if x != nil {
+		return x.Guest
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetResources() *LinuxResources {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+type UpdateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What is not enforced, one line each.
+	Warnings      []string `protobuf:"bytes,1,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateResponse) Reset() {
+	*x = UpdateResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateResponse) ProtoMessage() {}
+
+func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateResponse.ProtoReflect.Descriptor instead.
+func (*UpdateResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *UpdateResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type StatsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsRequest) Reset() {
+	*x = StatsRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsRequest) ProtoMessage() {}
+
+func (x *StatsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
+func (*StatsRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *StatsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type StatsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Container     *v1.ContainerStats     `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"`
+	Vm            *VMStats               `protobuf:"bytes,2,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatsResponse) Reset() {
+	*x = StatsResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatsResponse) ProtoMessage() {}
+
+func (x *StatsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
+func (*StatsResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *StatsResponse) GetContainer() *v1.ContainerStats {
+	if x != nil {
+		return x.Container
+	}
+	return nil
+}
+
+func (x *StatsResponse) GetVm() *VMStats {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+// VMStats is what the pod's VM uses of the host.
+type VMStats struct {
+	state                   protoimpl.MessageState `protogen:"open.v1"`
+	Pid                     int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	CpuUserUsec             uint64                 `protobuf:"varint,2,opt,name=cpu_user_usec,json=cpuUserUsec,proto3" json:"cpu_user_usec,omitempty"` // of the hypervisor's process
+	CpuSystemUsec           uint64                 `protobuf:"varint,3,opt,name=cpu_system_usec,json=cpuSystemUsec,proto3" json:"cpu_system_usec,omitempty"`
+	VcpuUsec                uint64                 `protobuf:"varint,4,opt,name=vcpu_usec,json=vcpuUsec,proto3" json:"vcpu_usec,omitempty"` // of its vCPU threads together; 0: they cannot be told from others
+	Vcpus                   uint32                 `protobuf:"varint,5,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryBytes             uint64                 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"` // what the guest sees
+	ResidentBytes           uint64                 `protobuf:"varint,7,opt,name=resident_bytes,json=residentBytes,proto3" json:"resident_bytes,omitempty"`
+	PrivateBytes            uint64                 `protobuf:"varint,8,opt,name=private_bytes,json=privateBytes,proto3" json:"private_bytes,omitempty"` // of resident: this VM's alone
+	SharedBytes             uint64                 `protobuf:"varint,9,opt,name=shared_bytes,json=sharedBytes,proto3" json:"shared_bytes,omitempty"`    // of resident: memory of the template and files
+	Threads                 uint64                 `protobuf:"varint,10,opt,name=threads,proto3" json:"threads,omitempty"`
+	SupervisorCpuUsec       uint64                 `protobuf:"varint,11,opt,name=supervisor_cpu_usec,json=supervisorCpuUsec,proto3" json:"supervisor_cpu_usec,omitempty"`
+	SupervisorResidentBytes uint64                 `protobuf:"varint,12,opt,name=supervisor_resident_bytes,json=supervisorResidentBytes,proto3" json:"supervisor_resident_bytes,omitempty"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
+}
+
+func (x *VMStats) Reset() {
+	*x = VMStats{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMStats) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMStats) ProtoMessage() {}
+
+func (x *VMStats) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMStats.ProtoReflect.Descriptor instead.
+func (*VMStats) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VMStats) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *VMStats) GetCpuUserUsec() uint64 {
+	if x != nil {
+		return x.CpuUserUsec
+	}
+	return 0
+}
+
+func (x *VMStats) GetCpuSystemUsec() uint64 {
+	if x != nil {
+		return x.CpuSystemUsec
+	}
+	return 0
+}
+
+func (x *VMStats) GetVcpuUsec() uint64 {
+	if x != nil {
+		return x.VcpuUsec
+	}
+	return 0
+}
+
+func (x *VMStats) GetVcpus() uint32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *VMStats) GetMemoryBytes() uint64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *VMStats) GetResidentBytes() uint64 {
+	if x != nil {
+		return x.ResidentBytes
+	}
+	return 0
+}
+
+func (x *VMStats) GetPrivateBytes() uint64 {
+	if x != nil {
+		return x.PrivateBytes
+	}
+	return 0
+}
+
+func (x *VMStats) GetSharedBytes() uint64 {
+	if x != nil {
+		return x.SharedBytes
+	}
+	return 0
+}
+
+func (x *VMStats) GetThreads() uint64 {
+	if x != nil {
+		return x.Threads
+	}
+	return 0
+}
+
+func (x *VMStats) GetSupervisorCpuUsec() uint64 {
+	if x != nil {
+		return x.SupervisorCpuUsec
+	}
+	return 0
+}
+
+func (x *VMStats) GetSupervisorResidentBytes() uint64 {
+	if x != nil {
+		return x.SupervisorResidentBytes
+	}
+	return 0
+}
+
+type EventsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`        // empty: of every container of the pod
+	After         uint64                 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"` // sequence number of the last event that is known; 0: none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventsRequest) Reset() {
+	*x = EventsRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventsRequest) ProtoMessage() {}
+
+func (x *EventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
+func (*EventsRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *EventsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *EventsRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+type EventsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In their order, at least one. Old ones are dropped when there are more than
+	// 256: the sequence numbers then have a gap.
+	Events        []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventsResponse) Reset() {
+	*x = EventsResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventsResponse) ProtoMessage() {}
+
+func (x *EventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
+func (*EventsResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *EventsResponse) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+type Event struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Sequence     uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	TimeUnixNano int64                  `protobuf:"varint,2,opt,name=time_unix_nano,json=timeUnixNano,proto3" json:"time_unix_nano,omitempty"`
+	Id           string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	Kind         Event_Kind             `protobuf:"varint,4,opt,name=kind,proto3,enum=runv.supervisor.v1.Event_Kind" json:"kind,omitempty"`
+	// Of KIND_OOM: how many have been killed since the container was made.
+	OomKills uint64 `protobuf:"varint,5,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	// Of KIND_EXIT, as in AttachResponse.
+	ExitCode      uint32 `protobuf:"varint,6,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	Signal        uint32 `protobuf:"varint,7,opt,name=signal,proto3" json:"signal,omitempty"`
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *Event) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Event) GetTimeUnixNano() int64 {
+	if x != nil {
+		return x.TimeUnixNano
+	}
+	return 0
+}
+
+func (x *Event) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Event) GetKind() Event_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Event_KIND_UNSPECIFIED
+}
+
+func (x *Event) GetOomKills() uint64 {
+	if x != nil {
+		return x.OomKills
+	}
+	return 0
+}
+
+func (x *Event) GetExitCode() uint32 {
+	if x != nil {
+		return x.ExitCode
+	}
+	return 0
+}
+
+func (x *Event) GetSignal() uint32 {
+	if x != nil {
+		return x.Signal
+	}
+	return 0
+}
+
+func (x *Event) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type InspectRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectRequest) Reset() {
+	*x = InspectRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectRequest) ProtoMessage() {}
+
+func (x *InspectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
+func (*InspectRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{41}
+}
+
+type InspectResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Info  *InfoResponse          `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
+	Vm    *VM                    `protobuf:"bytes,2,opt,name=vm,proto3" json:"vm,omitempty"` // as it was asked for
+	// Why the VM is not the one that was wished for; empty: it is.
+	VmWarning     string              `protobuf:"bytes,3,opt,name=vm_warning,json=vmWarning,proto3" json:"vm_warning,omitempty"`
+	Machine       string              `protobuf:"bytes,4,opt,name=machine,proto3" json:"machine,omitempty"`
+	Cloned        bool                `protobuf:"varint,5,opt,name=cloned,proto3" json:"cloned,omitempty"`
+	AgentVersion  string              `protobuf:"bytes,6,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	KernelRelease string              `protobuf:"bytes,7,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
+	Architecture  string              `protobuf:"bytes,8,opt,name=architecture,proto3" json:"architecture,omitempty"`
+	Start         *StartTimes         `protobuf:"bytes,9,opt,name=start,proto3" json:"start,omitempty"`
+	Containers    []*InspectContainer `protobuf:"bytes,10,rep,name=containers,proto3" json:"containers,omitempty"`
+	Stats         *VMStats            `protobuf:"bytes,11,opt,name=stats,proto3" json:"stats,omitempty"`
+	VmArgs        []string            `protobuf:"bytes,12,rep,name=vm_args,json=vmArgs,proto3" json:"vm_args,omitempty"` // of the hypervisor's process, as the kernel has it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectResponse) Reset() {
+	*x = InspectResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectResponse) ProtoMessage() {}
+
+func (x *InspectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
+func (*InspectResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *InspectResponse) GetInfo() *InfoResponse {
+	if x != nil {
+		return x.Info
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetVm() *VM {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetVmWarning() string {
+	if x != nil {
+		return x.VmWarning
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetCloned() bool {
+	if x != nil {
+		return x.Cloned
+	}
+	return false
+}
+
+func (x *InspectResponse) GetAgentVersion() string {
+	if x != nil {
+		return x.AgentVersion
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetKernelRelease() string {
+	if x != nil {
+		return x.KernelRelease
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetArchitecture() string {
+	if x != nil {
+		return x.Architecture
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetStart() *StartTimes {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetContainers() []*InspectContainer {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetStats() *VMStats {
+	if x != nil {
+		return x.Stats
+	}
+	return nil
+}
+
+func (x *InspectResponse) GetVmArgs() []string {
+	if x != nil {
+		return x.VmArgs
+	}
+	return nil
+}
+
+// StartTimes says how long after the beginning of the sandbox container's
+// creation each step was done, in microseconds; 0: it was not.
+type StartTimes struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	BegunUnixNano  int64                  `protobuf:"varint,1,opt,name=begun_unix_nano,json=begunUnixNano,proto3" json:"begun_unix_nano,omitempty"`
+	CgroupUsec     uint64                 `protobuf:"varint,2,opt,name=cgroup_usec,json=cgroupUsec,proto3" json:"cgroup_usec,omitempty"`
+	SharesUsec     uint64                 `protobuf:"varint,3,opt,name=shares_usec,json=sharesUsec,proto3" json:"shares_usec,omitempty"`
+	VmUsec         uint64                 `protobuf:"varint,4,opt,name=vm_usec,json=vmUsec,proto3" json:"vm_usec,omitempty"`                         // the hypervisor runs
+	AgentUsec      uint64                 `protobuf:"varint,5,opt,name=agent_usec,json=agentUsec,proto3" json:"agent_usec,omitempty"`                // the agent has answered
+	ConfiguredUsec uint64                 `protobuf:"varint,6,opt,name=configured_usec,json=configuredUsec,proto3" json:"configured_usec,omitempty"` // the guest has its identity
+	CreatedUsec    uint64                 `protobuf:"varint,7,opt,name=created_usec,json=createdUsec,proto3" json:"created_usec,omitempty"`          // the container waits for start
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *StartTimes) Reset() {
+	*x = StartTimes{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartTimes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartTimes) ProtoMessage() {}
+
+func (x *StartTimes) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartTimes.ProtoReflect.Descriptor instead.
+func (*StartTimes) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *StartTimes) GetBegunUnixNano() int64 {
+	if x != nil {
+		return x.BegunUnixNano
+	}
+	return 0
+}
+
+func (x *StartTimes) GetCgroupUsec() uint64 {
+	if x != nil {
+		return x.CgroupUsec
+	}
+	return 0
+}
+
+func (x *StartTimes) GetSharesUsec() uint64 {
+	if x != nil {
+		return x.SharesUsec
+	}
+	return 0
+}
+
+func (x *StartTimes) GetVmUsec() uint64 {
+	if x != nil {
+		return x.VmUsec
+	}
+	return 0
+}
+
+func (x *StartTimes) GetAgentUsec() uint64 {
+	if x != nil {
+		return x.AgentUsec
+	}
+	return 0
+}
+
+func (x *StartTimes) GetConfiguredUsec() uint64 {
+	if x != nil {
+		return x.ConfiguredUsec
+	}
+	return 0
+}
+
+func (x *StartTimes) GetCreatedUsec() uint64 {
+	if x != nil {
+		return x.CreatedUsec
+	}
+	return 0
+}
+
+type InspectContainer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Mounts        []*HostMount           `protobuf:"bytes,2,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Cgroups       []string               `protobuf:"bytes,3,rep,name=cgroups,proto3" json:"cgroups,omitempty"` // directories on the host
+	ExecIds       []string               `protobuf:"bytes,4,rep,name=exec_ids,json=execIds,proto3" json:"exec_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectContainer) Reset() {
+	*x = InspectContainer{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectContainer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectContainer) ProtoMessage() {}
+
+func (x *InspectContainer) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectContainer.ProtoReflect.Descriptor instead.
+func (*InspectContainer) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *InspectContainer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *InspectContainer) GetMounts() []*HostMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+func (x *InspectContainer) GetCgroups() []string {
+	if x != nil {
+		return x.Cgroups
+	}
+	return nil
+}
+
+func (x *InspectContainer) GetExecIds() []string {
+	if x != nil {
+		return x.ExecIds
+	}
+	return nil
+}
+
 var File_api_supervisor_v1_supervisor_proto protoreflect.FileDescriptor
 
 const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
@@ -1725,7 +3180,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x15\n" +
 	"\x06vm_pid\x18\x05 \x01(\x05R\x05vmPid\x12\x16\n" +
 	"\x06driver\x18\x06 \x01(\tR\x06driver\x12#\n" +
-	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xa5\x03\n" +
+	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xbf\x03\n" +
 	"\x02VM\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x18\n" +
 	"\amachine\x18\x02 \x01(\tR\amachine\x12\x16\n" +
@@ -1742,7 +3197,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x0fboot_timeout_ms\x18\v \x01(\rR\rbootTimeoutMs\x12!\n" +
 	"\fqemu_sandbox\x18\f \x01(\bR\vqemuSandbox\x12\x1a\n" +
 	"\btemplate\x18\r \x01(\tR\btemplate\x12'\n" +
-	"\x0ftemplate_policy\x18\x0e \x01(\tR\x0etemplatePolicy\"\x82\x02\n" +
+	"\x0ftemplate_policy\x18\x0e \x01(\tR\x0etemplatePolicy\x12\x18\n" +
+	"\afactory\x18\x0f \x01(\tR\afactory\"\x82\x02\n" +
 	"\tHostMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x1d\n" +
 	"\n" +
@@ -1767,7 +3223,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\aStandIn\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x1d\n" +
 	"\n" +
-	"start_time\x18\x02 \x01(\x04R\tstartTime\"\x9a\x04\n" +
+	"start_time\x18\x02 \x01(\x04R\tstartTime\"\xd2\x04\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -1781,7 +3237,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x05hooks\x18\b \x01(\v2\x19.runv.supervisor.v1.HooksR\x05hooks\x126\n" +
 	"\bstand_in\x18\t \x01(\v2\x1b.runv.supervisor.v1.StandInR\astandIn\x12C\n" +
 	"\tcontainer\x18\n" +
-	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x1a>\n" +
+	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x126\n" +
+	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\",\n" +
@@ -1833,7 +3290,168 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\rDeleteRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x10\n" +
-	"\x0eDeleteResponse2\xfe\x06\n" +
+	"\x0eDeleteResponse\"\x98\x01\n" +
+	"\n" +
+	"HostCgroup\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
+	"\asystemd\x18\x02 \x01(\bR\asystemd\x12\x1a\n" +
+	"\brequired\x18\x03 \x01(\bR\brequired\x12@\n" +
+	"\tresources\x18\x04 \x01(\v2\".runv.supervisor.v1.LinuxResourcesR\tresources\"\xd5\x0e\n" +
+	"\x0eLinuxResources\x12&\n" +
+	"\fmemory_limit\x18\x01 \x01(\x03H\x00R\vmemoryLimit\x88\x01\x01\x122\n" +
+	"\x12memory_reservation\x18\x02 \x01(\x03H\x01R\x11memoryReservation\x88\x01\x01\x12$\n" +
+	"\vmemory_swap\x18\x03 \x01(\x03H\x02R\n" +
+	"memorySwap\x88\x01\x01\x120\n" +
+	"\x11memory_swappiness\x18\x04 \x01(\x04H\x03R\x10memorySwappiness\x88\x01\x01\x12>\n" +
+	"\x19memory_disable_oom_killer\x18\x05 \x01(\bH\x04R\x16memoryDisableOomKiller\x88\x01\x01\x12@\n" +
+	"\x1amemory_check_before_update\x18\x06 \x01(\bH\x05R\x17memoryCheckBeforeUpdate\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"cpu_shares\x18\a \x01(\x04H\x06R\tcpuShares\x88\x01\x01\x12 \n" +
+	"\tcpu_quota\x18\b \x01(\x03H\aR\bcpuQuota\x88\x01\x01\x12\"\n" +
+	"\n" +
+	"cpu_period\x18\t \x01(\x04H\bR\tcpuPeriod\x88\x01\x01\x12 \n" +
+	"\tcpu_burst\x18\n" +
+	" \x01(\x04H\tR\bcpuBurst\x88\x01\x01\x12\x1e\n" +
+	"\bcpu_idle\x18\v \x01(\x03H\n" +
+	"R\acpuIdle\x88\x01\x01\x125\n" +
+	"\x14cpu_realtime_runtime\x18\f \x01(\x03H\vR\x12cpuRealtimeRuntime\x88\x01\x01\x123\n" +
+	"\x13cpu_realtime_period\x18\r \x01(\x04H\fR\x11cpuRealtimePeriod\x88\x01\x01\x12\x12\n" +
+	"\x04cpus\x18\x0e \x01(\tR\x04cpus\x12\x12\n" +
+	"\x04mems\x18\x0f \x01(\tR\x04mems\x12\"\n" +
+	"\n" +
+	"pids_limit\x18\x10 \x01(\x03H\rR\tpidsLimit\x88\x01\x01\x12+\n" +
+	"\x0fblock_io_weight\x18\x11 \x01(\rH\x0eR\rblockIoWeight\x88\x01\x01\x124\n" +
+	"\x14block_io_leaf_weight\x18\x12 \x01(\rH\x0fR\x11blockIoLeafWeight\x88\x01\x01\x12X\n" +
+	"\x17block_io_weight_devices\x18\x13 \x03(\v2!.runv.supervisor.v1.BlockIODeviceR\x14blockIoWeightDevices\x12M\n" +
+	"\x11throttle_read_bps\x18\x14 \x03(\v2!.runv.supervisor.v1.BlockIODeviceR\x0fthrottleReadBps\x12O\n" +
+	"\x12throttle_write_bps\x18\x15 \x03(\v2!.runv.supervisor.v1.BlockIODeviceR\x10throttleWriteBps\x12O\n" +
+	"\x12throttle_read_iops\x18\x16 \x03(\v2!.runv.supervisor.v1.BlockIODeviceR\x10throttleReadIops\x12Q\n" +
+	"\x13throttle_write_iops\x18\x17 \x03(\v2!.runv.supervisor.v1.BlockIODeviceR\x11throttleWriteIops\x12J\n" +
+	"\x0fhugepage_limits\x18\x18 \x03(\v2!.runv.supervisor.v1.HugepageLimitR\x0ehugepageLimits\x12-\n" +
+	"\x10network_class_id\x18\x19 \x01(\rH\x10R\x0enetworkClassId\x88\x01\x01\x12R\n" +
+	"\x12network_priorities\x18\x1a \x03(\v2#.runv.supervisor.v1.NetworkPriorityR\x11networkPriorities\x12I\n" +
+	"\aunified\x18\x1b \x03(\v2/.runv.supervisor.v1.LinuxResources.UnifiedEntryR\aunified\x1a:\n" +
+	"\fUnifiedEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x0f\n" +
+	"\r_memory_limitB\x15\n" +
+	"\x13_memory_reservationB\x0e\n" +
+	"\f_memory_swapB\x14\n" +
+	"\x12_memory_swappinessB\x1c\n" +
+	"\x1a_memory_disable_oom_killerB\x1d\n" +
+	"\x1b_memory_check_before_updateB\r\n" +
+	"\v_cpu_sharesB\f\n" +
+	"\n" +
+	"_cpu_quotaB\r\n" +
+	"\v_cpu_periodB\f\n" +
+	"\n" +
+	"_cpu_burstB\v\n" +
+	"\t_cpu_idleB\x17\n" +
+	"\x15_cpu_realtime_runtimeB\x16\n" +
+	"\x14_cpu_realtime_periodB\r\n" +
+	"\v_pids_limitB\x12\n" +
+	"\x10_block_io_weightB\x17\n" +
+	"\x15_block_io_leaf_weightB\x13\n" +
+	"\x11_network_class_id\"\xad\x01\n" +
+	"\rBlockIODevice\x12\x14\n" +
+	"\x05major\x18\x01 \x01(\x03R\x05major\x12\x14\n" +
+	"\x05minor\x18\x02 \x01(\x03R\x05minor\x12\x12\n" +
+	"\x04rate\x18\x03 \x01(\x04R\x04rate\x12\x1b\n" +
+	"\x06weight\x18\x04 \x01(\rH\x00R\x06weight\x88\x01\x01\x12$\n" +
+	"\vleaf_weight\x18\x05 \x01(\rH\x01R\n" +
+	"leafWeight\x88\x01\x01B\t\n" +
+	"\a_weightB\x0e\n" +
+	"\f_leaf_weight\"B\n" +
+	"\rHugepageLimit\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\tR\bpageSize\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\x04R\x05limit\"A\n" +
+	"\x0fNetworkPriority\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bpriority\x18\x02 \x01(\rR\bpriority\"\x91\x01\n" +
+	"\rUpdateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x05guest\x18\x02 \x01(\v2\x18.runv.agent.v1.ResourcesR\x05guest\x12@\n" +
+	"\tresources\x18\x03 \x01(\v2\".runv.supervisor.v1.LinuxResourcesR\tresources\",\n" +
+	"\x0eUpdateResponse\x12\x1a\n" +
+	"\bwarnings\x18\x01 \x03(\tR\bwarnings\"\x1e\n" +
+	"\fStatsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"y\n" +
+	"\rStatsResponse\x12;\n" +
+	"\tcontainer\x18\x01 \x01(\v2\x1d.runv.agent.v1.ContainerStatsR\tcontainer\x12+\n" +
+	"\x02vm\x18\x02 \x01(\v2\x1b.runv.supervisor.v1.VMStatsR\x02vm\"\xb2\x03\n" +
+	"\aVMStats\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\"\n" +
+	"\rcpu_user_usec\x18\x02 \x01(\x04R\vcpuUserUsec\x12&\n" +
+	"\x0fcpu_system_usec\x18\x03 \x01(\x04R\rcpuSystemUsec\x12\x1b\n" +
+	"\tvcpu_usec\x18\x04 \x01(\x04R\bvcpuUsec\x12\x14\n" +
+	"\x05vcpus\x18\x05 \x01(\rR\x05vcpus\x12!\n" +
+	"\fmemory_bytes\x18\x06 \x01(\x04R\vmemoryBytes\x12%\n" +
+	"\x0eresident_bytes\x18\a \x01(\x04R\rresidentBytes\x12#\n" +
+	"\rprivate_bytes\x18\b \x01(\x04R\fprivateBytes\x12!\n" +
+	"\fshared_bytes\x18\t \x01(\x04R\vsharedBytes\x12\x18\n" +
+	"\athreads\x18\n" +
+	" \x01(\x04R\athreads\x12.\n" +
+	"\x13supervisor_cpu_usec\x18\v \x01(\x04R\x11supervisorCpuUsec\x12:\n" +
+	"\x19supervisor_resident_bytes\x18\f \x01(\x04R\x17supervisorResidentBytes\"5\n" +
+	"\rEventsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\x04R\x05after\"C\n" +
+	"\x0eEventsResponse\x121\n" +
+	"\x06events\x18\x01 \x03(\v2\x19.runv.supervisor.v1.EventR\x06events\"\xf4\x02\n" +
+	"\x05Event\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12$\n" +
+	"\x0etime_unix_nano\x18\x02 \x01(\x03R\ftimeUnixNano\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x122\n" +
+	"\x04kind\x18\x04 \x01(\x0e2\x1e.runv.supervisor.v1.Event.KindR\x04kind\x12\x1b\n" +
+	"\toom_kills\x18\x05 \x01(\x04R\boomKills\x12\x1b\n" +
+	"\texit_code\x18\x06 \x01(\rR\bexitCode\x12\x16\n" +
+	"\x06signal\x18\a \x01(\rR\x06signal\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\"{\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bKIND_OOM\x10\x01\x12\r\n" +
+	"\tKIND_EXIT\x10\x02\x12\x0e\n" +
+	"\n" +
+	"KIND_START\x10\x03\x12\x0e\n" +
+	"\n" +
+	"KIND_PAUSE\x10\x04\x12\x0f\n" +
+	"\vKIND_RESUME\x10\x05\x12\x0f\n" +
+	"\vKIND_UPDATE\x10\x06\"\x10\n" +
+	"\x0eInspectRequest\"\xf8\x03\n" +
+	"\x0fInspectResponse\x124\n" +
+	"\x04info\x18\x01 \x01(\v2 .runv.supervisor.v1.InfoResponseR\x04info\x12&\n" +
+	"\x02vm\x18\x02 \x01(\v2\x16.runv.supervisor.v1.VMR\x02vm\x12\x1d\n" +
+	"\n" +
+	"vm_warning\x18\x03 \x01(\tR\tvmWarning\x12\x18\n" +
+	"\amachine\x18\x04 \x01(\tR\amachine\x12\x16\n" +
+	"\x06cloned\x18\x05 \x01(\bR\x06cloned\x12#\n" +
+	"\ragent_version\x18\x06 \x01(\tR\fagentVersion\x12%\n" +
+	"\x0ekernel_release\x18\a \x01(\tR\rkernelRelease\x12\"\n" +
+	"\farchitecture\x18\b \x01(\tR\farchitecture\x124\n" +
+	"\x05start\x18\t \x01(\v2\x1e.runv.supervisor.v1.StartTimesR\x05start\x12D\n" +
+	"\n" +
+	"containers\x18\n" +
+	" \x03(\v2$.runv.supervisor.v1.InspectContainerR\n" +
+	"containers\x121\n" +
+	"\x05stats\x18\v \x01(\v2\x1b.runv.supervisor.v1.VMStatsR\x05stats\x12\x17\n" +
+	"\avm_args\x18\f \x03(\tR\x06vmArgs\"\xfa\x01\n" +
+	"\n" +
+	"StartTimes\x12&\n" +
+	"\x0fbegun_unix_nano\x18\x01 \x01(\x03R\rbegunUnixNano\x12\x1f\n" +
+	"\vcgroup_usec\x18\x02 \x01(\x04R\n" +
+	"cgroupUsec\x12\x1f\n" +
+	"\vshares_usec\x18\x03 \x01(\x04R\n" +
+	"sharesUsec\x12\x17\n" +
+	"\avm_usec\x18\x04 \x01(\x04R\x06vmUsec\x12\x1d\n" +
+	"\n" +
+	"agent_usec\x18\x05 \x01(\x04R\tagentUsec\x12'\n" +
+	"\x0fconfigured_usec\x18\x06 \x01(\x04R\x0econfiguredUsec\x12!\n" +
+	"\fcreated_usec\x18\a \x01(\x04R\vcreatedUsec\"\x8e\x01\n" +
+	"\x10InspectContainer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x125\n" +
+	"\x06mounts\x18\x02 \x03(\v2\x1d.runv.supervisor.v1.HostMountR\x06mounts\x12\x18\n" +
+	"\acgroups\x18\x03 \x03(\tR\acgroups\x12\x19\n" +
+	"\bexec_ids\x18\x04 \x03(\tR\aexecIds2\xc2\t\n" +
 	"\n" +
 	"Supervisor\x12I\n" +
 	"\x04Info\x12\x1f.runv.supervisor.v1.InfoRequest\x1a .runv.supervisor.v1.InfoResponse\x12O\n" +
@@ -1846,6 +3464,10 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\tProcesses\x12$.runv.supervisor.v1.ProcessesRequest\x1a%.runv.supervisor.v1.ProcessesResponse\x12L\n" +
 	"\x05Pause\x12 .runv.supervisor.v1.PauseRequest\x1a!.runv.supervisor.v1.PauseResponse\x12O\n" +
 	"\x06Resume\x12!.runv.supervisor.v1.ResumeRequest\x1a\".runv.supervisor.v1.ResumeResponse\x12O\n" +
+	"\x06Update\x12!.runv.supervisor.v1.UpdateRequest\x1a\".runv.supervisor.v1.UpdateResponse\x12L\n" +
+	"\x05Stats\x12 .runv.supervisor.v1.StatsRequest\x1a!.runv.supervisor.v1.StatsResponse\x12O\n" +
+	"\x06Events\x12!.runv.supervisor.v1.EventsRequest\x1a\".runv.supervisor.v1.EventsResponse\x12R\n" +
+	"\aInspect\x12\".runv.supervisor.v1.InspectRequest\x1a#.runv.supervisor.v1.InspectResponse\x12O\n" +
 	"\x06Delete\x12!.runv.supervisor.v1.DeleteRequest\x1a\".runv.supervisor.v1.DeleteResponseB8Z6github.com/hyperhq/runv/api/supervisor/v1;supervisorv1b\x06proto3"
 
 var (
@@ -1860,86 +3482,138 @@ func file_api_supervisor_v1_supervisor_proto_rawDescGZIP() []byte {
 	return file_api_supervisor_v1_supervisor_proto_rawDescData
 }
 
-var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_api_supervisor_v1_supervisor_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_api_supervisor_v1_supervisor_proto_goTypes = []any{
-	(*StdioHeader)(nil),               // 0: runv.supervisor.v1.StdioHeader
-	(*InfoRequest)(nil),               // 1: runv.supervisor.v1.InfoRequest
-	(*InfoResponse)(nil),              // 2: runv.supervisor.v1.InfoResponse
-	(*VM)(nil),                        // 3: runv.supervisor.v1.VM
-	(*HostMount)(nil),                 // 4: runv.supervisor.v1.HostMount
-	(*Hook)(nil),                      // 5: runv.supervisor.v1.Hook
-	(*Hooks)(nil),                     // 6: runv.supervisor.v1.Hooks
-	(*StandIn)(nil),                   // 7: runv.supervisor.v1.StandIn
-	(*CreateRequest)(nil),             // 8: runv.supervisor.v1.CreateRequest
-	(*CreateResponse)(nil),            // 9: runv.supervisor.v1.CreateResponse
-	(*StartRequest)(nil),              // 10: runv.supervisor.v1.StartRequest
-	(*StartResponse)(nil),             // 11: runv.supervisor.v1.StartResponse
-	(*ExecRequest)(nil),               // 12: runv.supervisor.v1.ExecRequest
-	(*ExecResponse)(nil),              // 13: runv.supervisor.v1.ExecResponse
-	(*AttachRequest)(nil),             // 14: runv.supervisor.v1.AttachRequest
-	(*AttachResponse)(nil),            // 15: runv.supervisor.v1.AttachResponse
-	(*SignalRequest)(nil),             // 16: runv.supervisor.v1.SignalRequest
-	(*SignalResponse)(nil),            // 17: runv.supervisor.v1.SignalResponse
-	(*ResizeRequest)(nil),             // 18: runv.supervisor.v1.ResizeRequest
-	(*ResizeResponse)(nil),            // 19: runv.supervisor.v1.ResizeResponse
-	(*ProcessesRequest)(nil),          // 20: runv.supervisor.v1.ProcessesRequest
-	(*ProcessesResponse)(nil),         // 21: runv.supervisor.v1.ProcessesResponse
-	(*PauseRequest)(nil),              // 22: runv.supervisor.v1.PauseRequest
-	(*PauseResponse)(nil),             // 23: runv.supervisor.v1.PauseResponse
-	(*ResumeRequest)(nil),             // 24: runv.supervisor.v1.ResumeRequest
-	(*ResumeResponse)(nil),            // 25: runv.supervisor.v1.ResumeResponse
-	(*DeleteRequest)(nil),             // 26: runv.supervisor.v1.DeleteRequest
-	(*DeleteResponse)(nil),            // 27: runv.supervisor.v1.DeleteResponse
-	nil,                               // 28: runv.supervisor.v1.CreateRequest.AnnotationsEntry
-	(v1.StreamHeader_Kind)(0),         // 29: runv.agent.v1.StreamHeader.Kind
-	(*v1.CreateContainerRequest)(nil), // 30: runv.agent.v1.CreateContainerRequest
-	(*v1.Process)(nil),                // 31: runv.agent.v1.Process
-	(*v1.Stdio)(nil),                  // 32: runv.agent.v1.Stdio
-	(*v1.ProcessInfo)(nil),            // 33: runv.agent.v1.ProcessInfo
+	(Event_Kind)(0),                   // 0: runv.supervisor.v1.Event.Kind
+	(*StdioHeader)(nil),               // 1: runv.supervisor.v1.StdioHeader
+	(*InfoRequest)(nil),               // 2: runv.supervisor.v1.InfoRequest
+	(*InfoResponse)(nil),              // 3: runv.supervisor.v1.InfoResponse
+	(*VM)(nil),                        // 4: runv.supervisor.v1.VM
+	(*HostMount)(nil),                 // 5: runv.supervisor.v1.HostMount
+	(*Hook)(nil),                      // 6: runv.supervisor.v1.Hook
+	(*Hooks)(nil),                     // 7: runv.supervisor.v1.Hooks
+	(*StandIn)(nil),                   // 8: runv.supervisor.v1.StandIn
+	(*CreateRequest)(nil),             // 9: runv.supervisor.v1.CreateRequest
+	(*CreateResponse)(nil),            // 10: runv.supervisor.v1.CreateResponse
+	(*StartRequest)(nil),              // 11: runv.supervisor.v1.StartRequest
+	(*StartResponse)(nil),             // 12: runv.supervisor.v1.StartResponse
+	(*ExecRequest)(nil),               // 13: runv.supervisor.v1.ExecRequest
+	(*ExecResponse)(nil),              // 14: runv.supervisor.v1.ExecResponse
+	(*AttachRequest)(nil),             // 15: runv.supervisor.v1.AttachRequest
+	(*AttachResponse)(nil),            // 16: runv.supervisor.v1.AttachResponse
+	(*SignalRequest)(nil),             // 17: runv.supervisor.v1.SignalRequest
+	(*SignalResponse)(nil),            // 18: runv.supervisor.v1.SignalResponse
+	(*ResizeRequest)(nil),             // 19: runv.supervisor.v1.ResizeRequest
+	(*ResizeResponse)(nil),            // 20: runv.supervisor.v1.ResizeResponse
+	(*ProcessesRequest)(nil),          // 21: runv.supervisor.v1.ProcessesRequest
+	(*ProcessesResponse)(nil),         // 22: runv.supervisor.v1.ProcessesResponse
+	(*PauseRequest)(nil),              // 23: runv.supervisor.v1.PauseRequest
+	(*PauseResponse)(nil),             // 24: runv.supervisor.v1.PauseResponse
+	(*ResumeRequest)(nil),             // 25: runv.supervisor.v1.ResumeRequest
+	(*ResumeResponse)(nil),            // 26: runv.supervisor.v1.ResumeResponse
+	(*DeleteRequest)(nil),             // 27: runv.supervisor.v1.DeleteRequest
+	(*DeleteResponse)(nil),            // 28: runv.supervisor.v1.DeleteResponse
+	(*HostCgroup)(nil),                // 29: runv.supervisor.v1.HostCgroup
+	(*LinuxResources)(nil),            // 30: runv.supervisor.v1.LinuxResources
+	(*BlockIODevice)(nil),             // 31: runv.supervisor.v1.BlockIODevice
+	(*HugepageLimit)(nil),             // 32: runv.supervisor.v1.HugepageLimit
+	(*NetworkPriority)(nil),           // 33: runv.supervisor.v1.NetworkPriority
+	(*UpdateRequest)(nil),             // 34: runv.supervisor.v1.UpdateRequest
+	(*UpdateResponse)(nil),            // 35: runv.supervisor.v1.UpdateResponse
+	(*StatsRequest)(nil),              // 36: runv.supervisor.v1.StatsRequest
+	(*StatsResponse)(nil),             // 37: runv.supervisor.v1.StatsResponse
+	(*VMStats)(nil),                   // 38: runv.supervisor.v1.VMStats
+	(*EventsRequest)(nil),             // 39: runv.supervisor.v1.EventsRequest
+	(*EventsResponse)(nil),            // 40: runv.supervisor.v1.EventsResponse
+	(*Event)(nil),                     // 41: runv.supervisor.v1.Event
+	(*InspectRequest)(nil),            // 42: runv.supervisor.v1.InspectRequest
+	(*InspectResponse)(nil),           // 43: runv.supervisor.v1.InspectResponse
+	(*StartTimes)(nil),                // 44: runv.supervisor.v1.StartTimes
+	(*InspectContainer)(nil),          // 45: runv.supervisor.v1.InspectContainer
+	nil,                               // 46: runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	nil,                               // 47: runv.supervisor.v1.LinuxResources.UnifiedEntry
+	(v1.StreamHeader_Kind)(0),         // 48: runv.agent.v1.StreamHeader.Kind
+	(*v1.CreateContainerRequest)(nil), // 49: runv.agent.v1.CreateContainerRequest
+	(*v1.Process)(nil),                // 50: runv.agent.v1.Process
+	(*v1.Stdio)(nil),                  // 51: runv.agent.v1.Stdio
+	(*v1.ProcessInfo)(nil),            // 52: runv.agent.v1.ProcessInfo
+	(*v1.Resources)(nil),              // 53: runv.agent.v1.Resources
+	(*v1.ContainerStats)(nil),         // 54: runv.agent.v1.ContainerStats
 }
 var file_api_supervisor_v1_supervisor_proto_depIdxs = []int32{
-	29, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
-	5,  // 1: runv.supervisor.v1.Hooks.prestart:type_name -> runv.supervisor.v1.Hook
-	5,  // 2: runv.supervisor.v1.Hooks.create_runtime:type_name -> runv.supervisor.v1.Hook
-	5,  // 3: runv.supervisor.v1.Hooks.poststart:type_name -> runv.supervisor.v1.Hook
-	5,  // 4: runv.supervisor.v1.Hooks.poststop:type_name -> runv.supervisor.v1.Hook
-	28, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
-	3,  // 6: runv.supervisor.v1.CreateRequest.vm:type_name -> runv.supervisor.v1.VM
-	4,  // 7: runv.supervisor.v1.CreateRequest.mounts:type_name -> runv.supervisor.v1.HostMount
-	6,  // 8: runv.supervisor.v1.CreateRequest.hooks:type_name -> runv.supervisor.v1.Hooks
-	7,  // 9: runv.supervisor.v1.CreateRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	30, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
-	7,  // 11: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	31, // 12: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	32, // 13: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	33, // 14: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	1,  // 15: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
-	8,  // 16: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
-	10, // 17: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
-	12, // 18: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
-	14, // 19: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
-	16, // 20: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
-	18, // 21: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
-	20, // 22: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
-	22, // 23: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
-	24, // 24: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
-	26, // 25: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
-	2,  // 26: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
-	9,  // 27: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
-	11, // 28: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
-	13, // 29: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
-	15, // 30: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
-	17, // 31: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
-	19, // 32: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
-	21, // 33: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
-	23, // 34: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
-	25, // 35: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
-	27, // 36: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
-	26, // [26:37] is the sub-list for method output_type
-	15, // [15:26] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	48, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
+	6,  // 1: runv.supervisor.v1.Hooks.prestart:type_name -> runv.supervisor.v1.Hook
+	6,  // 2: runv.supervisor.v1.Hooks.create_runtime:type_name -> runv.supervisor.v1.Hook
+	6,  // 3: runv.supervisor.v1.Hooks.poststart:type_name -> runv.supervisor.v1.Hook
+	6,  // 4: runv.supervisor.v1.Hooks.poststop:type_name -> runv.supervisor.v1.Hook
+	46, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	4,  // 6: runv.supervisor.v1.CreateRequest.vm:type_name -> runv.supervisor.v1.VM
+	5,  // 7: runv.supervisor.v1.CreateRequest.mounts:type_name -> runv.supervisor.v1.HostMount
+	7,  // 8: runv.supervisor.v1.CreateRequest.hooks:type_name -> runv.supervisor.v1.Hooks
+	8,  // 9: runv.supervisor.v1.CreateRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
+	49, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
+	29, // 11: runv.supervisor.v1.CreateRequest.cgroup:type_name -> runv.supervisor.v1.HostCgroup
+	8,  // 12: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
+	50, // 13: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	51, // 14: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	52, // 15: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	30, // 16: runv.supervisor.v1.HostCgroup.resources:type_name -> runv.supervisor.v1.LinuxResources
+	31, // 17: runv.supervisor.v1.LinuxResources.block_io_weight_devices:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 18: runv.supervisor.v1.LinuxResources.throttle_read_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 19: runv.supervisor.v1.LinuxResources.throttle_write_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 20: runv.supervisor.v1.LinuxResources.throttle_read_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 21: runv.supervisor.v1.LinuxResources.throttle_write_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 22: runv.supervisor.v1.LinuxResources.hugepage_limits:type_name -> runv.supervisor.v1.HugepageLimit
+	33, // 23: runv.supervisor.v1.LinuxResources.network_priorities:type_name -> runv.supervisor.v1.NetworkPriority
+	47, // 24: runv.supervisor.v1.LinuxResources.unified:type_name -> runv.supervisor.v1.LinuxResources.UnifiedEntry
+	53, // 25: runv.supervisor.v1.UpdateRequest.guest:type_name -> runv.agent.v1.Resources
+	30, // 26: runv.supervisor.v1.UpdateRequest.resources:type_name -> runv.supervisor.v1.LinuxResources
+	54, // 27: runv.supervisor.v1.StatsResponse.container:type_name -> runv.agent.v1.ContainerStats
+	38, // 28: runv.supervisor.v1.StatsResponse.vm:type_name -> runv.supervisor.v1.VMStats
+	41, // 29: runv.supervisor.v1.EventsResponse.events:type_name -> runv.supervisor.v1.Event
+	0,  // 30: runv.supervisor.v1.Event.kind:type_name -> runv.supervisor.v1.Event.Kind
+	3,  // 31: runv.supervisor.v1.InspectResponse.info:type_name -> runv.supervisor.v1.InfoResponse
+	4,  // 32: runv.supervisor.v1.InspectResponse.vm:type_name -> runv.supervisor.v1.VM
+	44, // 33: runv.supervisor.v1.InspectResponse.start:type_name -> runv.supervisor.v1.StartTimes
+	45, // 34: runv.supervisor.v1.InspectResponse.containers:type_name -> runv.supervisor.v1.InspectContainer
+	38, // 35: runv.supervisor.v1.InspectResponse.stats:type_name -> runv.supervisor.v1.VMStats
+	5,  // 36: runv.supervisor.v1.InspectContainer.mounts:type_name -> runv.supervisor.v1.HostMount
+	2,  // 37: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
+	9,  // 38: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
+	11, // 39: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
+	13, // 40: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
+	15, // 41: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
+	17, // 42: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
+	19, // 43: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
+	21, // 44: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
+	23, // 45: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
+	25, // 46: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
+	34, // 47: runv.supervisor.v1.Supervisor.Update:input_type -> runv.supervisor.v1.UpdateRequest
+	36, // 48: runv.supervisor.v1.Supervisor.Stats:input_type -> runv.supervisor.v1.StatsRequest
+	39, // 49: runv.supervisor.v1.Supervisor.Events:input_type -> runv.supervisor.v1.EventsRequest
+	42, // 50: runv.supervisor.v1.Supervisor.Inspect:input_type -> runv.supervisor.v1.InspectRequest
+	27, // 51: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
+	3,  // 52: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
+	10, // 53: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
+	12, // 54: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
+	14, // 55: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
+	16, // 56: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
+	18, // 57: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
+	20, // 58: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
+	22, // 59: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
+	24, // 60: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
+	26, // 61: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
+	35, // 62: runv.supervisor.v1.Supervisor.Update:output_type -> runv.supervisor.v1.UpdateResponse
+	37, // 63: runv.supervisor.v1.Supervisor.Stats:output_type -> runv.supervisor.v1.StatsResponse
+	40, // 64: runv.supervisor.v1.Supervisor.Events:output_type -> runv.supervisor.v1.EventsResponse
+	43, // 65: runv.supervisor.v1.Supervisor.Inspect:output_type -> runv.supervisor.v1.InspectResponse
+	28, // 66: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
+	52, // [52:67] is the sub-list for method output_type
+	37, // [37:52] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_api_supervisor_v1_supervisor_proto_init() }
@@ -1947,18 +3621,21 @@ func file_api_supervisor_v1_supervisor_proto_init() {
 	if File_api_supervisor_v1_supervisor_proto != nil {
 		return
 	}
+	file_api_supervisor_v1_supervisor_proto_msgTypes[29].OneofWrappers = []any{}
+	file_api_supervisor_v1_supervisor_proto_msgTypes[30].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_supervisor_v1_supervisor_proto_rawDesc), len(file_api_supervisor_v1_supervisor_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   29,
+			NumEnums:      1,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_api_supervisor_v1_supervisor_proto_goTypes,
 		DependencyIndexes: file_api_supervisor_v1_supervisor_proto_depIdxs,
+		EnumInfos:         file_api_supervisor_v1_supervisor_proto_enumTypes,
 		MessageInfos:      file_api_supervisor_v1_supervisor_proto_msgTypes,
 	}.Build()
 	File_api_supervisor_v1_supervisor_proto = out.File

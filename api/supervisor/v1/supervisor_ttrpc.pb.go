@@ -18,6 +18,10 @@ type SupervisorService interface {
 	Processes(context.Context, *ProcessesRequest) (*ProcessesResponse, error)
 	Pause(context.Context, *PauseRequest) (*PauseResponse, error)
 	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
+	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
+	Stats(context.Context, *StatsRequest) (*StatsResponse, error)
+	Events(context.Context, *EventsRequest) (*EventsResponse, error)
+	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 }
 
@@ -93,6 +97,34 @@ func RegisterSupervisorService(srv *ttrpc.Server, svc SupervisorService) {
 					return nil, err
 				}
 				return svc.Resume(ctx, &req)
+			},
+			"Update": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UpdateRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Update(ctx, &req)
+			},
+			"Stats": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req StatsRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Stats(ctx, &req)
+			},
+			"Events": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req EventsRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Events(ctx, &req)
+			},
+			"Inspect": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req InspectRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Inspect(ctx, &req)
 			},
 			"Delete": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req DeleteRequest
@@ -190,6 +222,38 @@ func (c *supervisorClient) Pause(ctx context.Context, req *PauseRequest) (*Pause
 func (c *supervisorClient) Resume(ctx context.Context, req *ResumeRequest) (*ResumeResponse, error) {
 	var resp ResumeResponse
 	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Resume", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) Update(ctx context.Context, req *UpdateRequest) (*UpdateResponse, error) {
+	var resp UpdateResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Update", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) Stats(ctx context.Context, req *StatsRequest) (*StatsResponse, error) {
+	var resp StatsResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Stats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) Events(ctx context.Context, req *EventsRequest) (*EventsResponse, error) {
+	var resp EventsResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Events", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) Inspect(ctx context.Context, req *InspectRequest) (*InspectResponse, error) {
+	var resp InspectResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Inspect", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
