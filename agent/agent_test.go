@@ -79,7 +79,10 @@ func (f *fakeSystem) SetHostname(s string) error {
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
 func (f *fakeSystem) DHCP(context.Context) error  { return f.call("dhcp", func() { f.dhcp++ }) }
 func (f *fakeSystem) HideCards() error            { return f.call("hide", func() {}) }
-func (f *fakeSystem) Sync()                       { _ = f.call("sync", func() { f.syncs++ }) }
+func (f *fakeSystem) Interfaces() ([]*agentv1.NetworkStats, error) {
+	return []*agentv1.NetworkStats{{Name: "eth0", RxBytes: 7}}, nil
+}
+func (f *fakeSystem) Sync() { _ = f.call("sync", func() { f.syncs++ }) }
 
 func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {
 	err := f.call("mount "+s.Tag, func() { f.mounted = append(f.mounted, s.Tag) })
@@ -179,6 +182,25 @@ func (c *fakeContainer) Kill(sig syscall.Signal, all bool) error {
 func (c *fakeContainer) Pause(context.Context) error  { c.paused = true; return nil }
 func (c *fakeContainer) Resume(context.Context) error { c.paused = false; return nil }
 func (c *fakeContainer) OOMKilled() bool              { return c.req.Domainname == "oom" }
+
+func (c *fakeContainer) Stats() (*agentv1.ContainerStats, error) {
+	return &agentv1.ContainerStats{Pids: &agentv1.PidsStats{Current: 1}}, nil
+}
+
+func (c *fakeContainer) Update(r *agentv1.Resources) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.req.Resources = r
+	return nil
+}
+
+func (c *fakeContainer) WaitOOM(ctx context.Context, after uint64) (uint64, error) {
+	if c.OOMKilled() {
+		return after + 1, nil
+	}
+	<-ctx.Done()
+	return 0, ctx.Err()
+}
 
 func (c *fakeContainer) Pids() ([]int, error) {
 	c.mu.Lock()

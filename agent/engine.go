@@ -43,6 +43,14 @@ type Container interface {
 	Pids() ([]int, error)
 	// OOMKilled says whether the kernel killed a process for want of memory.
 	OOMKilled() bool
+	// Stats reads what the container uses, without the network.
+	Stats() (*agentv1.ContainerStats, error)
+	// Update changes limits; on an error all are as before.
+	Update(r *agentv1.Resources) error
+	// WaitOOM returns how many processes the kernel has killed for want of
+	// memory as soon as they are more than after, or an error once the container
+	// is gone or ctx has ended.
+	WaitOOM(ctx context.Context, after uint64) (uint64, error)
 	// Destroy kills what is left and takes everything down. It may be repeated
 	// after an error.
 	Destroy() error
@@ -90,6 +98,8 @@ type System interface {
 	HideCards() error
 	// Processes describes those of the pids that still exist.
 	Processes(pids []int) ([]*agentv1.ProcessInfo, error)
+	// Interfaces counts the traffic of the guest's network cards.
+	Interfaces() ([]*agentv1.NetworkStats, error)
 	// Sync flushes all file systems.
 	Sync()
 }

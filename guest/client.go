@@ -366,6 +366,21 @@ func (c *Client) DeleteContainer(ctx context.Context, req *agentv1.DeleteContain
 	return call(ctx, c, "delete container", c.agent.DeleteContainer, req)
 }
 
+// StatsContainer implements agentv1.AgentService.
+func (c *Client) StatsContainer(ctx context.Context, req *agentv1.StatsContainerRequest) (*agentv1.StatsContainerResponse, error) {
+	return call(ctx, c, "read what a container uses", c.agent.StatsContainer, req)
+}
+
+// UpdateContainer implements agentv1.AgentService.
+func (c *Client) UpdateContainer(ctx context.Context, req *agentv1.UpdateContainerRequest) (*agentv1.UpdateContainerResponse, error) {
+	return call(ctx, c, "update container", c.agent.UpdateContainer, req)
+}
+
+// WaitOOM implements agentv1.AgentService.
+func (c *Client) WaitOOM(ctx context.Context, req *agentv1.WaitOOMRequest) (*agentv1.WaitOOMResponse, error) {
+	return call(ctx, c, "wait for want of memory", c.agent.WaitOOM, req)
+}
+
 // Shutdown implements agentv1.AgentService.
 func (c *Client) Shutdown(ctx context.Context, req *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {
 	return call(ctx, c, "shut down", c.agent.Shutdown, req)

@@ -63,10 +63,17 @@ type Record struct {
 	// StandIn is the host process that stands for the container's init.
 	StandIn    ProcessRef `json:"standIn"`
 	Supervisor ProcessRef `json:"supervisor"`
+	// Hosted: the supervisor is part of a process that does not end with the pod.
+	Hosted bool `json:"hosted,omitempty"`
 	// VM is the hypervisor's process, which dies with the supervisor but a moment
 	// later; no process before there is one.
 	VM          ProcessRef        `json:"vm,omitzero"`
 	Annotations map[string]string `json:"annotations,omitempty"`
+	// Cgroups are the directories on the host that were made for the container.
+	Cgroups []string `json:"cgroups,omitempty"`
+	// Resources are the container's limits as they are now, without its rules
+	// for devices.
+	Resources *specs.LinuxResources `json:"resources,omitempty"`
 	// PoststopHooks are run by whoever deletes the container.
 	PoststopHooks []specs.Hook `json:"poststopHooks,omitempty"`
 	Terminal      bool         `json:"terminal,omitempty"`

@@ -34,6 +34,7 @@ type container struct {
 	id        string
 	poststart []specs.Hook
 	poststop  []specs.Hook
+	mounts    []*supervisorv1.HostMount
 
 	// op is held by the call that changes the container: one at a time.
 	op chan struct{}
@@ -63,13 +64,14 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		poststart: hostHooks(req.Hooks.GetPoststart()),
 		poststop:  hostHooks(req.Hooks.GetPoststop()),
 		op:        make(chan struct{}, 1),
+		mounts:    req.Mounts,
 		unshare:   func() {},
 		busy:      make(chan struct{}),
 	}
 	c.record = state.Record{
 		ID: req.Id, SandboxID: req.SandboxId, Bundle: req.Bundle, Rootfs: rootfs,
 		OCIVersion: req.OciVersion, Status: state.Creating, Created: time.Now().UTC(),
-		StandIn: standIn, Supervisor: s.self, Annotations: req.Annotations,
+		StandIn: standIn, Supervisor: s.self, Hosted: s.o.Hosted, Annotations: req.Annotations,
 		PoststopHooks: c.poststop, Terminal: req.Container.Process.GetTerminal(), Owner: int(dir.Uid),
 	}
 	return c
@@ -132,7 +134,18 @@ func (s *Supervisor) apply(c *container, e event) error {
 	if err != nil {
 		return err
 	}
-	return s.save(c)
+	if err := s.save(c); err != nil {
+		return err
+	}
+	switch e {
+	case evStart:
+		s.note(c, supervisorv1.Event_KIND_START)
+	case evPause:
+		s.note(c, supervisorv1.Event_KIND_PAUSE)
+	case evResume:
+		s.note(c, supervisorv1.Event_KIND_RESUME)
+	}
+	return nil
 }
 
 // save writes the record of a container as it is now.
@@ -236,6 +249,11 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 			m.close()
 		}
 	})
+	if first {
+		s.mu.Lock()
+		s.vmRequest, s.times = req.Vm, startTimes{begun: begin}
+		s.mu.Unlock()
+	}
 	g, gctx := errgroup.WithContext(ctx)
 	if first {
 		g.Go(func() (err error) {
@@ -532,6 +550,7 @@ func (s *Supervisor) stopped(c *container, x exit) {
 	if err := s.save(c); err != nil && !errors.Is(err, state.ErrNotFound) {
 		glog.Errorf("container %s: %v", c.id, err)
 	}
+	s.events.add(&supervisorv1.Event{Id: c.id, Kind: supervisorv1.Event_KIND_EXIT, ExitCode: x.code, Signal: x.signal, Reason: x.reason})
 	if p != nil {
 		p.finish(x)
 	}

@@ -16,19 +16,28 @@ import (
 // returns the mount namespace of the process's parent for Options.HostMounts.
 //
 // A supervisor that runs inside another program does without: its mounts are
-// then that program's.
+// then that program's, which should do the same with KeepMounts.
 func PrepareProcess() (hostMounts *os.File, err error) {
 	unix.Umask(0o077)
 	// ttrpc reports to a global logger what its callers are told anyway.
 	_ = log.SetLevel(log.PanicLevel.String())
-	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
-		return nil, fmt.Errorf("keep mounts from the host: %w", err)
+	if err := KeepMounts(); err != nil {
+		return nil, err
 	}
 	hostMounts, err = os.Open("/proc/" + strconv.Itoa(os.Getppid()) + "/ns/mnt")
 	if err != nil {
 		return nil, fmt.Errorf("find the host's mounts: %w", err)
 	}
 	return hostMounts, nil
+}
+
+// KeepMounts is for a process in a mount namespace of its own: the namespace
+// goes on hearing of mounts made outside, and tells nobody of its own.
+func KeepMounts() error {
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("keep mounts from the host: %w", err)
+	}
+	return nil
 }
 
 // inMountNS calls f on a thread that is in the mount namespace ns; with nil, on

@@ -147,8 +147,13 @@ func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount) (undo fun
 			}
 		}
 	}()
-	err = inMountNS(s.host, func() error {
+	// Few sources are in the supervisor's own namespace, so there is no thread
+	// for each of the others.
+	open := func(own bool) error {
 		for i, m := range ms {
+			if m.OwnNamespace != own {
+				continue
+			}
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
@@ -159,8 +164,11 @@ func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount) (undo fun
 			sources[i] = f
 		}
 		return nil
-	})
-	if err != nil {
+	}
+	if err := open(true); err != nil {
+		return undo, err
+	}
+	if err := inMountNS(s.host, func() error { return open(false) }); err != nil {
 		return undo, err
 	}
 	for i, m := range ms {

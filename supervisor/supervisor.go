@@ -71,6 +71,8 @@ type Options struct {
 	Version string
 	// Factory gives the pod its VM.
 	Factory FactoryFunc
+	// Hosted: the process goes on when Serve has returned.
+	Hosted bool
 	// HostMounts is the mount namespace in which the sources of mounts are
 	// looked up and hooks run; nil: the process's own.
 	HostMounts *os.File
@@ -111,6 +113,10 @@ type Supervisor struct {
 	inFlight   int           // calls that hold the end of the pod up
 	idle       *sync.Cond    // signalled when inFlight is 0
 	stdio      stdioQueue
+	vmRequest  *supervisorv1.VM // of the sandbox container
+	times      startTimes
+
+	events *eventLog
 }
 
 // ending is why a pod ends.
@@ -140,6 +146,7 @@ func New(o Options) *Supervisor {
 		processes:  make(map[processKey]*process),
 		changed:    make(chan struct{}),
 		stdio:      newStdioQueue(),
+		events:     newEventLog(),
 	}
 	s.idle = sync.NewCond(&s.mu)
 	s.ops, s.stopOps = context.WithCancelCause(context.Background())

@@ -25,6 +25,9 @@ const killTimeout = 30 * time.Second
 type cgroup struct {
 	path string
 	dir  *os.File
+	// gone ends when the directory is removed.
+	gone    context.Context
+	removed context.CancelFunc
 }
 
 // newCgroup makes the directory. Controllers that the hierarchy has are enabled
@@ -42,7 +45,9 @@ func newCgroup(root, id string) (*cgroup, error) {
 		_ = unix.Rmdir(p)
 		return nil, fmt.Errorf("cgroup: %w", err)
 	}
-	return &cgroup{path: p, dir: dir}, nil
+	c := &cgroup{path: p, dir: dir}
+	c.gone, c.removed = context.WithCancel(context.Background())
+	return c, nil
 }
 
 func enableControllers(root string) error {
@@ -304,6 +309,7 @@ func (c *cgroup) remove() error {
 	if err := c.empty(); err != nil {
 		return err
 	}
+	c.removed()
 	if _, err := os.Stat(c.path); errors.Is(err, fs.ErrNotExist) {
 		return c.dir.Close()
 	}

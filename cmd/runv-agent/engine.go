@@ -76,6 +76,18 @@ func (b *built) Kill(sig syscall.Signal, all bool) error {
 func (b *built) Pause(ctx context.Context) error  { return translate(b.Container.Pause(ctx)) }
 func (b *built) Resume(ctx context.Context) error { return translate(b.Container.Resume(ctx)) }
 
+func (b *built) Stats() (*agentv1.ContainerStats, error) {
+	s, err := b.Container.Stats()
+	return s, translate(err)
+}
+
+func (b *built) Update(r *agentv1.Resources) error { return translate(b.Container.Update(r)) }
+
+func (b *built) WaitOOM(ctx context.Context, after uint64) (uint64, error) {
+	n, err := b.Container.WaitOOM(ctx, after)
+	return n, translate(err)
+}
+
 func (b *built) Destroy() error {
 	if err := b.Container.Destroy(); err != nil {
 		return translate(err)

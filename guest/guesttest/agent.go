@@ -530,3 +530,26 @@ func (s *service) DeleteContainer(_ context.Context, r *agentv1.DeleteContainerR
 func (s *service) Shutdown(context.Context, *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {
 	return &agentv1.ShutdownResponse{}, nil
 }
+
+func (s *service) StatsContainer(context.Context, *agentv1.StatsContainerRequest) (*agentv1.StatsContainerResponse, error) {
+	return &agentv1.StatsContainerResponse{Stats: &agentv1.ContainerStats{
+		Cpu: &agentv1.CPUStats{UsageUsec: 1000}, Memory: &agentv1.MemoryStats{Usage: 4096, Stat: map[string]uint64{"anon": 4096}},
+		Pids: &agentv1.PidsStats{Current: 1}, Network: []*agentv1.NetworkStats{{Name: "eth0\x1b[2J"}},
+	}}, nil
+}
+
+func (s *service) UpdateContainer(_ context.Context, r *agentv1.UpdateContainerRequest) (*agentv1.UpdateContainerResponse, error) {
+	if r.Resources.GetUnified()["refuse.me"] != "" {
+		return nil, status.Error(codes.Internal, "resources.unified: no such file")
+	}
+	return &agentv1.UpdateContainerResponse{}, nil
+}
+
+// WaitOOM tells of one process that was killed, and of no more.
+func (s *service) WaitOOM(ctx context.Context, r *agentv1.WaitOOMRequest) (*agentv1.WaitOOMResponse, error) {
+	if r.After == 0 {
+		return &agentv1.WaitOOMResponse{Count: 1}, nil
+	}
+	<-ctx.Done()
+	return nil, ctx.Err()
+}

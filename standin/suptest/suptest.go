@@ -546,6 +546,46 @@ func (s *Server) Resume(_ context.Context, req *supervisorv1.ResumeRequest) (*su
 	return &supervisorv1.ResumeResponse{}, s.setStatus(req.Id, state.Running)
 }
 
+// Update implements supervisorv1.SupervisorService.
+func (s *Server) Update(_ context.Context, req *supervisorv1.UpdateRequest) (*supervisorv1.UpdateResponse, error) {
+	s.called("Update %s", req.Id)
+	if _, err := s.now(req.Id, ""); err != nil {
+		return nil, err
+	}
+	return &supervisorv1.UpdateResponse{}, nil
+}
+
+// Stats implements supervisorv1.SupervisorService.
+func (s *Server) Stats(_ context.Context, req *supervisorv1.StatsRequest) (*supervisorv1.StatsResponse, error) {
+	s.called("Stats %s", req.Id)
+	if _, err := s.now(req.Id, ""); err != nil {
+		return nil, err
+	}
+	return &supervisorv1.StatsResponse{
+		Container: &agentv1.ContainerStats{Pids: &agentv1.PidsStats{Current: 1}},
+		Vm:        &supervisorv1.VMStats{Pid: 77},
+	}, nil
+}
+
+// Events implements supervisorv1.SupervisorService: one event, and then none.
+func (s *Server) Events(ctx context.Context, req *supervisorv1.EventsRequest) (*supervisorv1.EventsResponse, error) {
+	s.called("Events %s", req.Id)
+	if req.After == 0 {
+		return &supervisorv1.EventsResponse{Events: []*supervisorv1.Event{{Sequence: 1, Id: req.Id, Kind: supervisorv1.Event_KIND_OOM, OomKills: 1}}}, nil
+	}
+	select {
+	case <-ctx.Done():
+	case <-s.ctx.Done():
+	}
+	return nil, status.Error(codes.NotFound, "container does not exist")
+}
+
+// Inspect implements supervisorv1.SupervisorService.
+func (s *Server) Inspect(ctx context.Context, _ *supervisorv1.InspectRequest) (*supervisorv1.InspectResponse, error) {
+	info, err := s.Info(ctx, &supervisorv1.InfoRequest{})
+	return &supervisorv1.InspectResponse{Info: info}, err
+}
+
 func (s *Server) setStatus(id string, to state.Status) error {
 	s.mu.Lock()
 	r := s.records[id]
