@@ -290,7 +290,7 @@ type VM struct {
 	Vcpus        uint32                 `protobuf:"varint,6,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib    uint32                 `protobuf:"varint,7,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	Transport    string                 `protobuf:"bytes,8,opt,name=transport,proto3" json:"transport,omitempty"`                // "serial", "vsock" or empty: best
-	Network      string                 `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`                    // "none" or "user"
+	Network      string                 `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`                    // "namespace", "none" or "user"; empty: "none"
 	QemuPath     string                 `protobuf:"bytes,10,opt,name=qemu_path,json=qemuPath,proto3" json:"qemu_path,omitempty"` // empty: from PATH
 	// Bounds boot to the agent's first answer, in milliseconds.
 	BootTimeoutMs uint32 `protobuf:"varint,11,opt,name=boot_timeout_ms,json=bootTimeoutMs,proto3" json:"boot_timeout_ms,omitempty"`
@@ -303,7 +303,9 @@ type VM struct {
 	// Policy of a factory, see package factory/policy; empty: none. The template of
 	// the entry that is chosen by vcpus and memory_mib is then below the directory
 	// template, or is that directory.
-	Factory       string `protobuf:"bytes,15,opt,name=factory,proto3" json:"factory,omitempty"`
+	Factory string `protobuf:"bytes,15,opt,name=factory,proto3" json:"factory,omitempty"`
+	// Network cards that the VM has from its start; 0: 1.
+	Nics          uint32 `protobuf:"varint,16,opt,name=nics,proto3" json:"nics,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -443,6 +445,13 @@ func (x *VM) GetFactory() string {
 	return ""
 }
 
+func (x *VM) GetNics() uint32 {
+	if x != nil {
+		return x.Nics
+	}
+	return 0
+}
+
 // HostMount is one thing of the host that the container is given through the
 // pod's share.
 type HostMount struct {
@@ -457,8 +466,11 @@ type HostMount struct {
 	// Field of config.json for error messages, such as "mounts[3].source".
 	Field          string `protobuf:"bytes,8,opt,name=field,proto3" json:"field,omitempty"`
 	ExecutableCopy bool   `protobuf:"varint,9,opt,name=executable_copy,json=executableCopy,proto3" json:"executable_copy,omitempty"` // a createContainer hook: copied, not mounted
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The source is looked up in the supervisor's mount namespace and not in that
+	// of whoever started it.
+	OwnNamespace  bool `protobuf:"varint,10,opt,name=own_namespace,json=ownNamespace,proto3" json:"own_namespace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HostMount) Reset() {
@@ -550,6 +562,13 @@ func (x *HostMount) GetField() string {
 func (x *HostMount) GetExecutableCopy() bool {
 	if x != nil {
 		return x.ExecutableCopy
+	}
+	return false
+}
+
+func (x *HostMount) GetOwnNamespace() bool {
+	if x != nil {
+		return x.OwnNamespace
 	}
 	return false
 }
@@ -756,9 +775,12 @@ type CreateRequest struct {
 	StandIn     *StandIn                   `protobuf:"bytes,9,opt,name=stand_in,json=standIn,proto3" json:"stand_in,omitempty"`
 	Container   *v1.CreateContainerRequest `protobuf:"bytes,10,opt,name=container,proto3" json:"container,omitempty"`
 	// The cgroup on the host; absent: none, and no limits are recorded.
-	Cgroup        *HostCgroup `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Cgroup *HostCgroup `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	// Unix time in nanoseconds, 0: no trace. The answer has the spans since then;
+	// so has the error, as a detail of type Trace.
+	TraceSinceUnixNano int64 `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
@@ -868,10 +890,18 @@ func (x *CreateRequest) GetCgroup() *HostCgroup {
 	return nil
 }
 
+func (x *CreateRequest) GetTraceSinceUnixNano() int64 {
+	if x != nil {
+		return x.TraceSinceUnixNano
+	}
+	return 0
+}
+
 type CreateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What the caller should know although it is no failure, one line each.
 	Warnings      []string `protobuf:"bytes,1,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Trace         *Trace   `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -913,11 +943,19 @@ func (x *CreateResponse) GetWarnings() []string {
 	return nil
 }
 
+func (x *CreateResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
 type StartRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Id                 string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	TraceSinceUnixNano int64                  `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"` // as in CreateRequest
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StartRequest) Reset() {
@@ -957,8 +995,16 @@ func (x *StartRequest) GetId() string {
 	return ""
 }
 
+func (x *StartRequest) GetTraceSinceUnixNano() int64 {
+	if x != nil {
+		return x.TraceSinceUnixNano
+	}
+	return 0
+}
+
 type StartResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -993,16 +1039,24 @@ func (*StartResponse) Descriptor() ([]byte, []int) {
 	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{11}
 }
 
+func (x *StartResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
 type ExecRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
-	StandIn       *StandIn               `protobuf:"bytes,3,opt,name=stand_in,json=standIn,proto3" json:"stand_in,omitempty"`
-	Process       *v1.Process            `protobuf:"bytes,4,opt,name=process,proto3" json:"process,omitempty"`
-	Stdio         *v1.Stdio              `protobuf:"bytes,5,opt,name=stdio,proto3" json:"stdio,omitempty"`
-	IgnorePaused  bool                   `protobuf:"varint,6,opt,name=ignore_paused,json=ignorePaused,proto3" json:"ignore_paused,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Id                 string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ExecId             string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	StandIn            *StandIn               `protobuf:"bytes,3,opt,name=stand_in,json=standIn,proto3" json:"stand_in,omitempty"`
+	Process            *v1.Process            `protobuf:"bytes,4,opt,name=process,proto3" json:"process,omitempty"`
+	Stdio              *v1.Stdio              `protobuf:"bytes,5,opt,name=stdio,proto3" json:"stdio,omitempty"`
+	IgnorePaused       bool                   `protobuf:"varint,6,opt,name=ignore_paused,json=ignorePaused,proto3" json:"ignore_paused,omitempty"`
+	TraceSinceUnixNano int64                  `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"` // as in CreateRequest
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *ExecRequest) Reset() {
@@ -1077,9 +1131,17 @@ func (x *ExecRequest) GetIgnorePaused() bool {
 	return false
 }
 
+func (x *ExecRequest) GetTraceSinceUnixNano() int64 {
+	if x != nil {
+		return x.TraceSinceUnixNano
+	}
+	return 0
+}
+
 type ExecResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	GuestPid      uint32                 `protobuf:"varint,1,opt,name=guest_pid,json=guestPid,proto3" json:"guest_pid,omitempty"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1121,10 +1183,19 @@ func (x *ExecResponse) GetGuestPid() uint32 {
 	return 0
 }
 
+func (x *ExecResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
 type AttachRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ExecId string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	// Spans of the stand-in itself, if it was told to record them.
+	Trace         *Trace `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1171,6 +1242,13 @@ func (x *AttachRequest) GetExecId() string {
 		return x.ExecId
 	}
 	return ""
+}
+
+func (x *AttachRequest) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 type AttachResponse struct {
@@ -1700,11 +1778,12 @@ func (*ResumeResponse) Descriptor() ([]byte, []int) {
 }
 
 type DeleteRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Id                 string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Force              bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	TraceSinceUnixNano int64                  `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"` // as in CreateRequest
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *DeleteRequest) Reset() {
@@ -1751,8 +1830,16 @@ func (x *DeleteRequest) GetForce() bool {
 	return false
 }
 
+func (x *DeleteRequest) GetTraceSinceUnixNano() int64 {
+	if x != nil {
+		return x.TraceSinceUnixNano
+	}
+	return 0
+}
+
 type DeleteResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1785,6 +1872,13 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
 	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *DeleteResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 // HostCgroup is the cgroup of a container on the host. It holds the container's
@@ -3161,6 +3255,720 @@ func (x *InspectContainer) GetExecIds() []string {
 	return nil
 }
 
+type ListInterfacesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListInterfacesRequest) Reset() {
+	*x = ListInterfacesRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListInterfacesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListInterfacesRequest) ProtoMessage() {}
+
+func (x *ListInterfacesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListInterfacesRequest.ProtoReflect.Descriptor instead.
+func (*ListInterfacesRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ListInterfacesRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListInterfacesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interfaces    []*Interface           `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	Cards         uint32                 `protobuf:"varint,2,opt,name=cards,proto3" json:"cards,omitempty"` // that the VM has
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListInterfacesResponse) Reset() {
+	*x = ListInterfacesResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListInterfacesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListInterfacesResponse) ProtoMessage() {}
+
+func (x *ListInterfacesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListInterfacesResponse.ProtoReflect.Descriptor instead.
+func (*ListInterfacesResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *ListInterfacesResponse) GetInterfaces() []*Interface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *ListInterfacesResponse) GetCards() uint32 {
+	if x != nil {
+		return x.Cards
+	}
+	return 0
+}
+
+// Interface of the pod's network namespace.
+type Interface struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // "veth", "macvlan", …
+	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	Mtu           uint32                 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Up            bool                   `protobuf:"varint,5,opt,name=up,proto3" json:"up,omitempty"`
+	Addresses     []string               `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"` // with prefix length
+	Card          int32                  `protobuf:"varint,7,opt,name=card,proto3" json:"card,omitempty"`          // of the VM, from 0; -1: none
+	Problem       string                 `protobuf:"bytes,8,opt,name=problem,proto3" json:"problem,omitempty"`     // why the pod does not have it, one line
+	Added         bool                   `protobuf:"varint,9,opt,name=added,proto3" json:"added,omitempty"`        // by AddInterface
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Interface) Reset() {
+	*x = Interface{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Interface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Interface) ProtoMessage() {}
+
+func (x *Interface) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Interface.ProtoReflect.Descriptor instead.
+func (*Interface) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *Interface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Interface) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Interface) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Interface) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Interface) GetUp() bool {
+	if x != nil {
+		return x.Up
+	}
+	return false
+}
+
+func (x *Interface) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Interface) GetCard() int32 {
+	if x != nil {
+		return x.Card
+	}
+	return 0
+}
+
+func (x *Interface) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *Interface) GetAdded() bool {
+	if x != nil {
+		return x.Added
+	}
+	return false
+}
+
+type AddInterfaceRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name      string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`           // in the pod
+	Mac       string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`             // empty: a random one
+	Mtu       uint32                 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"`            // 0: the bridge's or the kernel's default
+	Addresses []string               `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"` // with prefix length
+	Routes    []string               `protobuf:"bytes,6,rep,name=routes,proto3" json:"routes,omitempty"`       // "default=GATEWAY", "PREFIX=GATEWAY" or "PREFIX"
+	// At most one of the two: a bridge of the supervisor's network namespace that
+	// a new pair's other end becomes a port of, or an interface there that is
+	// moved into the pod.
+	Bridge        string `protobuf:"bytes,7,opt,name=bridge,proto3" json:"bridge,omitempty"`
+	Device        string `protobuf:"bytes,8,opt,name=device,proto3" json:"device,omitempty"`
+	HostName      string `protobuf:"bytes,9,opt,name=host_name,json=hostName,proto3" json:"host_name,omitempty"` // of a new pair's other end; empty: a name is made up
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddInterfaceRequest) Reset() {
+	*x = AddInterfaceRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddInterfaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddInterfaceRequest) ProtoMessage() {}
+
+func (x *AddInterfaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddInterfaceRequest.ProtoReflect.Descriptor instead.
+func (*AddInterfaceRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *AddInterfaceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AddInterfaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddInterfaceRequest) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *AddInterfaceRequest) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *AddInterfaceRequest) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *AddInterfaceRequest) GetRoutes() []string {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *AddInterfaceRequest) GetBridge() string {
+	if x != nil {
+		return x.Bridge
+	}
+	return ""
+}
+
+func (x *AddInterfaceRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *AddInterfaceRequest) GetHostName() string {
+	if x != nil {
+		return x.HostName
+	}
+	return ""
+}
+
+type AddInterfaceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddInterfaceResponse) Reset() {
+	*x = AddInterfaceResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddInterfaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddInterfaceResponse) ProtoMessage() {}
+
+func (x *AddInterfaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddInterfaceResponse.ProtoReflect.Descriptor instead.
+func (*AddInterfaceResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{49}
+}
+
+type UpdateInterfaceRequest struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Id              string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name            string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Mac             string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`  // empty: as it is
+	Mtu             uint32                 `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"` // 0: as it is
+	Up              *bool                  `protobuf:"varint,5,opt,name=up,proto3,oneof" json:"up,omitempty"`
+	AddAddresses    []string               `protobuf:"bytes,6,rep,name=add_addresses,json=addAddresses,proto3" json:"add_addresses,omitempty"`
+	RemoveAddresses []string               `protobuf:"bytes,7,rep,name=remove_addresses,json=removeAddresses,proto3" json:"remove_addresses,omitempty"`
+	AddRoutes       []string               `protobuf:"bytes,8,rep,name=add_routes,json=addRoutes,proto3" json:"add_routes,omitempty"`
+	RemoveRoutes    []string               `protobuf:"bytes,9,rep,name=remove_routes,json=removeRoutes,proto3" json:"remove_routes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *UpdateInterfaceRequest) Reset() {
+	*x = UpdateInterfaceRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateInterfaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateInterfaceRequest) ProtoMessage() {}
+
+func (x *UpdateInterfaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateInterfaceRequest.ProtoReflect.Descriptor instead.
+func (*UpdateInterfaceRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *UpdateInterfaceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UpdateInterfaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UpdateInterfaceRequest) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *UpdateInterfaceRequest) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *UpdateInterfaceRequest) GetUp() bool {
+	if x != nil && x.Up != nil {
+		return *x.Up
+	}
+	return false
+}
+
+func (x *UpdateInterfaceRequest) GetAddAddresses() []string {
+	if x != nil {
+		return x.AddAddresses
+	}
+	return nil
+}
+
+func (x *UpdateInterfaceRequest) GetRemoveAddresses() []string {
+	if x != nil {
+		return x.RemoveAddresses
+	}
+	return nil
+}
+
+func (x *UpdateInterfaceRequest) GetAddRoutes() []string {
+	if x != nil {
+		return x.AddRoutes
+	}
+	return nil
+}
+
+func (x *UpdateInterfaceRequest) GetRemoveRoutes() []string {
+	if x != nil {
+		return x.RemoveRoutes
+	}
+	return nil
+}
+
+type UpdateInterfaceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateInterfaceResponse) Reset() {
+	*x = UpdateInterfaceResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateInterfaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateInterfaceResponse) ProtoMessage() {}
+
+func (x *UpdateInterfaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateInterfaceResponse.ProtoReflect.Descriptor instead.
+func (*UpdateInterfaceResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{51}
+}
+
+// RemoveInterface takes an interface that AddInterface made or moved.
+type RemoveInterfaceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveInterfaceRequest) Reset() {
+	*x = RemoveInterfaceRequest{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveInterfaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveInterfaceRequest) ProtoMessage() {}
+
+func (x *RemoveInterfaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveInterfaceRequest.ProtoReflect.Descriptor instead.
+func (*RemoveInterfaceRequest) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *RemoveInterfaceRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RemoveInterfaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveInterfaceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveInterfaceResponse) Reset() {
+	*x = RemoveInterfaceResponse{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveInterfaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveInterfaceResponse) ProtoMessage() {}
+
+func (x *RemoveInterfaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveInterfaceResponse.ProtoReflect.Descriptor instead.
+func (*RemoveInterfaceResponse) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{53}
+}
+
+// Trace is what processes of the host and the guest spent their time with.
+type Trace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Spans         []*Span                `protobuf:"bytes,1,rep,name=spans,proto3" json:"spans,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Trace) Reset() {
+	*x = Trace{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Trace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Trace) ProtoMessage() {}
+
+func (x *Trace) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Trace.ProtoReflect.Descriptor instead.
+func (*Trace) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *Trace) GetSpans() []*Span {
+	if x != nil {
+		return x.Spans
+	}
+	return nil
+}
+
+type Span struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Process       string                 `protobuf:"bytes,1,opt,name=process,proto3" json:"process,omitempty"`
+	Pid           int64                  `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	Thread        string                 `protobuf:"bytes,3,opt,name=thread,proto3" json:"thread,omitempty"` // what goes on beside the process's main work; empty: that
+	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	StartUnixNano int64                  `protobuf:"varint,5,opt,name=start_unix_nano,json=startUnixNano,proto3" json:"start_unix_nano,omitempty"`
+	DurationNano  int64                  `protobuf:"varint,6,opt,name=duration_nano,json=durationNano,proto3" json:"duration_nano,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Span) Reset() {
+	*x = Span{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Span) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Span) ProtoMessage() {}
+
+func (x *Span) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Span.ProtoReflect.Descriptor instead.
+func (*Span) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *Span) GetProcess() string {
+	if x != nil {
+		return x.Process
+	}
+	return ""
+}
+
+func (x *Span) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Span) GetThread() string {
+	if x != nil {
+		return x.Thread
+	}
+	return ""
+}
+
+func (x *Span) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Span) GetStartUnixNano() int64 {
+	if x != nil {
+		return x.StartUnixNano
+	}
+	return 0
+}
+
+func (x *Span) GetDurationNano() int64 {
+	if x != nil {
+		return x.DurationNano
+	}
+	return 0
+}
+
 var File_api_supervisor_v1_supervisor_proto protoreflect.FileDescriptor
 
 const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
@@ -3180,7 +3988,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x15\n" +
 	"\x06vm_pid\x18\x05 \x01(\x05R\x05vmPid\x12\x16\n" +
 	"\x06driver\x18\x06 \x01(\tR\x06driver\x12#\n" +
-	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xbf\x03\n" +
+	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xd3\x03\n" +
 	"\x02VM\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x18\n" +
 	"\amachine\x18\x02 \x01(\tR\amachine\x12\x16\n" +
@@ -3198,7 +4006,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\fqemu_sandbox\x18\f \x01(\bR\vqemuSandbox\x12\x1a\n" +
 	"\btemplate\x18\r \x01(\tR\btemplate\x12'\n" +
 	"\x0ftemplate_policy\x18\x0e \x01(\tR\x0etemplatePolicy\x12\x18\n" +
-	"\afactory\x18\x0f \x01(\tR\afactory\"\x82\x02\n" +
+	"\afactory\x18\x0f \x01(\tR\afactory\x12\x12\n" +
+	"\x04nics\x18\x10 \x01(\rR\x04nics\"\xa7\x02\n" +
 	"\tHostMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x1d\n" +
 	"\n" +
@@ -3209,7 +4018,9 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x05nodev\x18\x06 \x01(\bR\x05nodev\x12\x16\n" +
 	"\x06noexec\x18\a \x01(\bR\x06noexec\x12\x14\n" +
 	"\x05field\x18\b \x01(\tR\x05field\x12'\n" +
-	"\x0fexecutable_copy\x18\t \x01(\bR\x0eexecutableCopy\"i\n" +
+	"\x0fexecutable_copy\x18\t \x01(\bR\x0eexecutableCopy\x12#\n" +
+	"\rown_namespace\x18\n" +
+	" \x01(\bR\fownNamespace\"i\n" +
 	"\x04Hook\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -3223,7 +4034,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\aStandIn\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x1d\n" +
 	"\n" +
-	"start_time\x18\x02 \x01(\x04R\tstartTime\"\xd2\x04\n" +
+	"start_time\x18\x02 \x01(\x04R\tstartTime\"\x85\x05\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -3238,27 +4049,34 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\bstand_in\x18\t \x01(\v2\x1b.runv.supervisor.v1.StandInR\astandIn\x12C\n" +
 	"\tcontainer\x18\n" +
 	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x126\n" +
-	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x1a>\n" +
+	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x121\n" +
+	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\",\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"]\n" +
 	"\x0eCreateResponse\x12\x1a\n" +
-	"\bwarnings\x18\x01 \x03(\tR\bwarnings\"\x1e\n" +
+	"\bwarnings\x18\x01 \x03(\tR\bwarnings\x12/\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"Q\n" +
 	"\fStartRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x0f\n" +
-	"\rStartResponse\"\xf1\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x121\n" +
+	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\"@\n" +
+	"\rStartResponse\x12/\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"\xa4\x02\n" +
 	"\vExecRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x126\n" +
 	"\bstand_in\x18\x03 \x01(\v2\x1b.runv.supervisor.v1.StandInR\astandIn\x120\n" +
 	"\aprocess\x18\x04 \x01(\v2\x16.runv.agent.v1.ProcessR\aprocess\x12*\n" +
 	"\x05stdio\x18\x05 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\x12#\n" +
-	"\rignore_paused\x18\x06 \x01(\bR\fignorePaused\"+\n" +
+	"\rignore_paused\x18\x06 \x01(\bR\fignorePaused\x121\n" +
+	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\"\\\n" +
 	"\fExecResponse\x12\x1b\n" +
-	"\tguest_pid\x18\x01 \x01(\rR\bguestPid\"8\n" +
+	"\tguest_pid\x18\x01 \x01(\rR\bguestPid\x12/\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"i\n" +
 	"\rAttachRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"|\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12/\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"|\n" +
 	"\x0eAttachResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\rR\bexitCode\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\rR\x06signal\x12\x1d\n" +
@@ -3286,11 +4104,13 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\rPauseResponse\"\x1f\n" +
 	"\rResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
-	"\x0eResumeResponse\"5\n" +
+	"\x0eResumeResponse\"h\n" +
 	"\rDeleteRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05force\x18\x02 \x01(\bR\x05force\"\x10\n" +
-	"\x0eDeleteResponse\"\x98\x01\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x121\n" +
+	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\"A\n" +
+	"\x0eDeleteResponse\x12/\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"\x98\x01\n" +
 	"\n" +
 	"HostCgroup\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
@@ -3451,7 +4271,61 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x125\n" +
 	"\x06mounts\x18\x02 \x03(\v2\x1d.runv.supervisor.v1.HostMountR\x06mounts\x12\x18\n" +
 	"\acgroups\x18\x03 \x03(\tR\acgroups\x12\x19\n" +
-	"\bexec_ids\x18\x04 \x03(\tR\aexecIds2\xc2\t\n" +
+	"\bexec_ids\x18\x04 \x03(\tR\aexecIds\"'\n" +
+	"\x15ListInterfacesRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"m\n" +
+	"\x16ListInterfacesResponse\x12=\n" +
+	"\n" +
+	"interfaces\x18\x01 \x03(\v2\x1d.runv.supervisor.v1.InterfaceR\n" +
+	"interfaces\x12\x14\n" +
+	"\x05cards\x18\x02 \x01(\rR\x05cards\"\xc9\x01\n" +
+	"\tInterface\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x0e\n" +
+	"\x02up\x18\x05 \x01(\bR\x02up\x12\x1c\n" +
+	"\taddresses\x18\x06 \x03(\tR\taddresses\x12\x12\n" +
+	"\x04card\x18\a \x01(\x05R\x04card\x12\x18\n" +
+	"\aproblem\x18\b \x01(\tR\aproblem\x12\x14\n" +
+	"\x05added\x18\t \x01(\bR\x05added\"\xe0\x01\n" +
+	"\x13AddInterfaceRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x1c\n" +
+	"\taddresses\x18\x05 \x03(\tR\taddresses\x12\x16\n" +
+	"\x06routes\x18\x06 \x03(\tR\x06routes\x12\x16\n" +
+	"\x06bridge\x18\a \x01(\tR\x06bridge\x12\x16\n" +
+	"\x06device\x18\b \x01(\tR\x06device\x12\x1b\n" +
+	"\thost_name\x18\t \x01(\tR\bhostName\"\x16\n" +
+	"\x14AddInterfaceResponse\"\x90\x02\n" +
+	"\x16UpdateInterfaceRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x13\n" +
+	"\x02up\x18\x05 \x01(\bH\x00R\x02up\x88\x01\x01\x12#\n" +
+	"\radd_addresses\x18\x06 \x03(\tR\faddAddresses\x12)\n" +
+	"\x10remove_addresses\x18\a \x03(\tR\x0fremoveAddresses\x12\x1d\n" +
+	"\n" +
+	"add_routes\x18\b \x03(\tR\taddRoutes\x12#\n" +
+	"\rremove_routes\x18\t \x03(\tR\fremoveRoutesB\x05\n" +
+	"\x03_up\"\x19\n" +
+	"\x17UpdateInterfaceResponse\"<\n" +
+	"\x16RemoveInterfaceRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\x19\n" +
+	"\x17RemoveInterfaceResponse\"7\n" +
+	"\x05Trace\x12.\n" +
+	"\x05spans\x18\x01 \x03(\v2\x18.runv.supervisor.v1.SpanR\x05spans\"\xab\x01\n" +
+	"\x04Span\x12\x18\n" +
+	"\aprocess\x18\x01 \x01(\tR\aprocess\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\x03R\x03pid\x12\x16\n" +
+	"\x06thread\x18\x03 \x01(\tR\x06thread\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12&\n" +
+	"\x0fstart_unix_nano\x18\x05 \x01(\x03R\rstartUnixNano\x12#\n" +
+	"\rduration_nano\x18\x06 \x01(\x03R\fdurationNano2\xe6\f\n" +
 	"\n" +
 	"Supervisor\x12I\n" +
 	"\x04Info\x12\x1f.runv.supervisor.v1.InfoRequest\x1a .runv.supervisor.v1.InfoResponse\x12O\n" +
@@ -3468,7 +4342,11 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x05Stats\x12 .runv.supervisor.v1.StatsRequest\x1a!.runv.supervisor.v1.StatsResponse\x12O\n" +
 	"\x06Events\x12!.runv.supervisor.v1.EventsRequest\x1a\".runv.supervisor.v1.EventsResponse\x12R\n" +
 	"\aInspect\x12\".runv.supervisor.v1.InspectRequest\x1a#.runv.supervisor.v1.InspectResponse\x12O\n" +
-	"\x06Delete\x12!.runv.supervisor.v1.DeleteRequest\x1a\".runv.supervisor.v1.DeleteResponseB8Z6github.com/hyperhq/runv/api/supervisor/v1;supervisorv1b\x06proto3"
+	"\x06Delete\x12!.runv.supervisor.v1.DeleteRequest\x1a\".runv.supervisor.v1.DeleteResponse\x12g\n" +
+	"\x0eListInterfaces\x12).runv.supervisor.v1.ListInterfacesRequest\x1a*.runv.supervisor.v1.ListInterfacesResponse\x12a\n" +
+	"\fAddInterface\x12'.runv.supervisor.v1.AddInterfaceRequest\x1a(.runv.supervisor.v1.AddInterfaceResponse\x12j\n" +
+	"\x0fUpdateInterface\x12*.runv.supervisor.v1.UpdateInterfaceRequest\x1a+.runv.supervisor.v1.UpdateInterfaceResponse\x12j\n" +
+	"\x0fRemoveInterface\x12*.runv.supervisor.v1.RemoveInterfaceRequest\x1a+.runv.supervisor.v1.RemoveInterfaceResponseB8Z6github.com/hyperhq/runv/api/supervisor/v1;supervisorv1b\x06proto3"
 
 var (
 	file_api_supervisor_v1_supervisor_proto_rawDescOnce sync.Once
@@ -3483,7 +4361,7 @@ func file_api_supervisor_v1_supervisor_proto_rawDescGZIP() []byte {
 }
 
 var file_api_supervisor_v1_supervisor_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_api_supervisor_v1_supervisor_proto_goTypes = []any{
 	(Event_Kind)(0),                   // 0: runv.supervisor.v1.Event.Kind
 	(*StdioHeader)(nil),               // 1: runv.supervisor.v1.StdioHeader
@@ -3531,89 +4409,115 @@ var file_api_supervisor_v1_supervisor_proto_goTypes = []any{
 	(*InspectResponse)(nil),           // 43: runv.supervisor.v1.InspectResponse
 	(*StartTimes)(nil),                // 44: runv.supervisor.v1.StartTimes
 	(*InspectContainer)(nil),          // 45: runv.supervisor.v1.InspectContainer
-	nil,                               // 46: runv.supervisor.v1.CreateRequest.AnnotationsEntry
-	nil,                               // 47: runv.supervisor.v1.LinuxResources.UnifiedEntry
-	(v1.StreamHeader_Kind)(0),         // 48: runv.agent.v1.StreamHeader.Kind
-	(*v1.CreateContainerRequest)(nil), // 49: runv.agent.v1.CreateContainerRequest
-	(*v1.Process)(nil),                // 50: runv.agent.v1.Process
-	(*v1.Stdio)(nil),                  // 51: runv.agent.v1.Stdio
-	(*v1.ProcessInfo)(nil),            // 52: runv.agent.v1.ProcessInfo
-	(*v1.Resources)(nil),              // 53: runv.agent.v1.Resources
-	(*v1.ContainerStats)(nil),         // 54: runv.agent.v1.ContainerStats
+	(*ListInterfacesRequest)(nil),     // 46: runv.supervisor.v1.ListInterfacesRequest
+	(*ListInterfacesResponse)(nil),    // 47: runv.supervisor.v1.ListInterfacesResponse
+	(*Interface)(nil),                 // 48: runv.supervisor.v1.Interface
+	(*AddInterfaceRequest)(nil),       // 49: runv.supervisor.v1.AddInterfaceRequest
+	(*AddInterfaceResponse)(nil),      // 50: runv.supervisor.v1.AddInterfaceResponse
+	(*UpdateInterfaceRequest)(nil),    // 51: runv.supervisor.v1.UpdateInterfaceRequest
+	(*UpdateInterfaceResponse)(nil),   // 52: runv.supervisor.v1.UpdateInterfaceResponse
+	(*RemoveInterfaceRequest)(nil),    // 53: runv.supervisor.v1.RemoveInterfaceRequest
+	(*RemoveInterfaceResponse)(nil),   // 54: runv.supervisor.v1.RemoveInterfaceResponse
+	(*Trace)(nil),                     // 55: runv.supervisor.v1.Trace
+	(*Span)(nil),                      // 56: runv.supervisor.v1.Span
+	nil,                               // 57: runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	nil,                               // 58: runv.supervisor.v1.LinuxResources.UnifiedEntry
+	(v1.StreamHeader_Kind)(0),         // 59: runv.agent.v1.StreamHeader.Kind
+	(*v1.CreateContainerRequest)(nil), // 60: runv.agent.v1.CreateContainerRequest
+	(*v1.Process)(nil),                // 61: runv.agent.v1.Process
+	(*v1.Stdio)(nil),                  // 62: runv.agent.v1.Stdio
+	(*v1.ProcessInfo)(nil),            // 63: runv.agent.v1.ProcessInfo
+	(*v1.Resources)(nil),              // 64: runv.agent.v1.Resources
+	(*v1.ContainerStats)(nil),         // 65: runv.agent.v1.ContainerStats
 }
 var file_api_supervisor_v1_supervisor_proto_depIdxs = []int32{
-	48, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
+	59, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
 	6,  // 1: runv.supervisor.v1.Hooks.prestart:type_name -> runv.supervisor.v1.Hook
 	6,  // 2: runv.supervisor.v1.Hooks.create_runtime:type_name -> runv.supervisor.v1.Hook
 	6,  // 3: runv.supervisor.v1.Hooks.poststart:type_name -> runv.supervisor.v1.Hook
 	6,  // 4: runv.supervisor.v1.Hooks.poststop:type_name -> runv.supervisor.v1.Hook
-	46, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	57, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
 	4,  // 6: runv.supervisor.v1.CreateRequest.vm:type_name -> runv.supervisor.v1.VM
 	5,  // 7: runv.supervisor.v1.CreateRequest.mounts:type_name -> runv.supervisor.v1.HostMount
 	7,  // 8: runv.supervisor.v1.CreateRequest.hooks:type_name -> runv.supervisor.v1.Hooks
 	8,  // 9: runv.supervisor.v1.CreateRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	49, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
+	60, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
 	29, // 11: runv.supervisor.v1.CreateRequest.cgroup:type_name -> runv.supervisor.v1.HostCgroup
-	8,  // 12: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	50, // 13: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	51, // 14: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	52, // 15: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	30, // 16: runv.supervisor.v1.HostCgroup.resources:type_name -> runv.supervisor.v1.LinuxResources
-	31, // 17: runv.supervisor.v1.LinuxResources.block_io_weight_devices:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 18: runv.supervisor.v1.LinuxResources.throttle_read_bps:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 19: runv.supervisor.v1.LinuxResources.throttle_write_bps:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 20: runv.supervisor.v1.LinuxResources.throttle_read_iops:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 21: runv.supervisor.v1.LinuxResources.throttle_write_iops:type_name -> runv.supervisor.v1.BlockIODevice
-	32, // 22: runv.supervisor.v1.LinuxResources.hugepage_limits:type_name -> runv.supervisor.v1.HugepageLimit
-	33, // 23: runv.supervisor.v1.LinuxResources.network_priorities:type_name -> runv.supervisor.v1.NetworkPriority
-	47, // 24: runv.supervisor.v1.LinuxResources.unified:type_name -> runv.supervisor.v1.LinuxResources.UnifiedEntry
-	53, // 25: runv.supervisor.v1.UpdateRequest.guest:type_name -> runv.agent.v1.Resources
-	30, // 26: runv.supervisor.v1.UpdateRequest.resources:type_name -> runv.supervisor.v1.LinuxResources
-	54, // 27: runv.supervisor.v1.StatsResponse.container:type_name -> runv.agent.v1.ContainerStats
-	38, // 28: runv.supervisor.v1.StatsResponse.vm:type_name -> runv.supervisor.v1.VMStats
-	41, // 29: runv.supervisor.v1.EventsResponse.events:type_name -> runv.supervisor.v1.Event
-	0,  // 30: runv.supervisor.v1.Event.kind:type_name -> runv.supervisor.v1.Event.Kind
-	3,  // 31: runv.supervisor.v1.InspectResponse.info:type_name -> runv.supervisor.v1.InfoResponse
-	4,  // 32: runv.supervisor.v1.InspectResponse.vm:type_name -> runv.supervisor.v1.VM
-	44, // 33: runv.supervisor.v1.InspectResponse.start:type_name -> runv.supervisor.v1.StartTimes
-	45, // 34: runv.supervisor.v1.InspectResponse.containers:type_name -> runv.supervisor.v1.InspectContainer
-	38, // 35: runv.supervisor.v1.InspectResponse.stats:type_name -> runv.supervisor.v1.VMStats
-	5,  // 36: runv.supervisor.v1.InspectContainer.mounts:type_name -> runv.supervisor.v1.HostMount
-	2,  // 37: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
-	9,  // 38: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
-	11, // 39: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
-	13, // 40: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
-	15, // 41: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
-	17, // 42: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
-	19, // 43: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
-	21, // 44: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
-	23, // 45: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
-	25, // 46: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
-	34, // 47: runv.supervisor.v1.Supervisor.Update:input_type -> runv.supervisor.v1.UpdateRequest
-	36, // 48: runv.supervisor.v1.Supervisor.Stats:input_type -> runv.supervisor.v1.StatsRequest
-	39, // 49: runv.supervisor.v1.Supervisor.Events:input_type -> runv.supervisor.v1.EventsRequest
-	42, // 50: runv.supervisor.v1.Supervisor.Inspect:input_type -> runv.supervisor.v1.InspectRequest
-	27, // 51: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
-	3,  // 52: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
-	10, // 53: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
-	12, // 54: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
-	14, // 55: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
-	16, // 56: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
-	18, // 57: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
-	20, // 58: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
-	22, // 59: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
-	24, // 60: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
-	26, // 61: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
-	35, // 62: runv.supervisor.v1.Supervisor.Update:output_type -> runv.supervisor.v1.UpdateResponse
-	37, // 63: runv.supervisor.v1.Supervisor.Stats:output_type -> runv.supervisor.v1.StatsResponse
-	40, // 64: runv.supervisor.v1.Supervisor.Events:output_type -> runv.supervisor.v1.EventsResponse
-	43, // 65: runv.supervisor.v1.Supervisor.Inspect:output_type -> runv.supervisor.v1.InspectResponse
-	28, // 66: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
-	52, // [52:67] is the sub-list for method output_type
-	37, // [37:52] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	55, // 12: runv.supervisor.v1.CreateResponse.trace:type_name -> runv.supervisor.v1.Trace
+	55, // 13: runv.supervisor.v1.StartResponse.trace:type_name -> runv.supervisor.v1.Trace
+	8,  // 14: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
+	61, // 15: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	62, // 16: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	55, // 17: runv.supervisor.v1.ExecResponse.trace:type_name -> runv.supervisor.v1.Trace
+	55, // 18: runv.supervisor.v1.AttachRequest.trace:type_name -> runv.supervisor.v1.Trace
+	63, // 19: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	55, // 20: runv.supervisor.v1.DeleteResponse.trace:type_name -> runv.supervisor.v1.Trace
+	30, // 21: runv.supervisor.v1.HostCgroup.resources:type_name -> runv.supervisor.v1.LinuxResources
+	31, // 22: runv.supervisor.v1.LinuxResources.block_io_weight_devices:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 23: runv.supervisor.v1.LinuxResources.throttle_read_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 24: runv.supervisor.v1.LinuxResources.throttle_write_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 25: runv.supervisor.v1.LinuxResources.throttle_read_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	31, // 26: runv.supervisor.v1.LinuxResources.throttle_write_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 27: runv.supervisor.v1.LinuxResources.hugepage_limits:type_name -> runv.supervisor.v1.HugepageLimit
+	33, // 28: runv.supervisor.v1.LinuxResources.network_priorities:type_name -> runv.supervisor.v1.NetworkPriority
+	58, // 29: runv.supervisor.v1.LinuxResources.unified:type_name -> runv.supervisor.v1.LinuxResources.UnifiedEntry
+	64, // 30: runv.supervisor.v1.UpdateRequest.guest:type_name -> runv.agent.v1.Resources
+	30, // 31: runv.supervisor.v1.UpdateRequest.resources:type_name -> runv.supervisor.v1.LinuxResources
+	65, // 32: runv.supervisor.v1.StatsResponse.container:type_name -> runv.agent.v1.ContainerStats
+	38, // 33: runv.supervisor.v1.StatsResponse.vm:type_name -> runv.supervisor.v1.VMStats
+	41, // 34: runv.supervisor.v1.EventsResponse.events:type_name -> runv.supervisor.v1.Event
+	0,  // 35: runv.supervisor.v1.Event.kind:type_name -> runv.supervisor.v1.Event.Kind
+	3,  // 36: runv.supervisor.v1.InspectResponse.info:type_name -> runv.supervisor.v1.InfoResponse
+	4,  // 37: runv.supervisor.v1.InspectResponse.vm:type_name -> runv.supervisor.v1.VM
+	44, // 38: runv.supervisor.v1.InspectResponse.start:type_name -> runv.supervisor.v1.StartTimes
+	45, // 39: runv.supervisor.v1.InspectResponse.containers:type_name -> runv.supervisor.v1.InspectContainer
+	38, // 40: runv.supervisor.v1.InspectResponse.stats:type_name -> runv.supervisor.v1.VMStats
+	5,  // 41: runv.supervisor.v1.InspectContainer.mounts:type_name -> runv.supervisor.v1.HostMount
+	48, // 42: runv.supervisor.v1.ListInterfacesResponse.interfaces:type_name -> runv.supervisor.v1.Interface
+	56, // 43: runv.supervisor.v1.Trace.spans:type_name -> runv.supervisor.v1.Span
+	2,  // 44: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
+	9,  // 45: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
+	11, // 46: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
+	13, // 47: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
+	15, // 48: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
+	17, // 49: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
+	19, // 50: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
+	21, // 51: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
+	23, // 52: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
+	25, // 53: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
+	34, // 54: runv.supervisor.v1.Supervisor.Update:input_type -> runv.supervisor.v1.UpdateRequest
+	36, // 55: runv.supervisor.v1.Supervisor.Stats:input_type -> runv.supervisor.v1.StatsRequest
+	39, // 56: runv.supervisor.v1.Supervisor.Events:input_type -> runv.supervisor.v1.EventsRequest
+	42, // 57: runv.supervisor.v1.Supervisor.Inspect:input_type -> runv.supervisor.v1.InspectRequest
+	27, // 58: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
+	46, // 59: runv.supervisor.v1.Supervisor.ListInterfaces:input_type -> runv.supervisor.v1.ListInterfacesRequest
+	49, // 60: runv.supervisor.v1.Supervisor.AddInterface:input_type -> runv.supervisor.v1.AddInterfaceRequest
+	51, // 61: runv.supervisor.v1.Supervisor.UpdateInterface:input_type -> runv.supervisor.v1.UpdateInterfaceRequest
+	53, // 62: runv.supervisor.v1.Supervisor.RemoveInterface:input_type -> runv.supervisor.v1.RemoveInterfaceRequest
+	3,  // 63: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
+	10, // 64: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
+	12, // 65: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
+	14, // 66: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
+	16, // 67: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
+	18, // 68: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
+	20, // 69: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
+	22, // 70: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
+	24, // 71: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
+	26, // 72: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
+	35, // 73: runv.supervisor.v1.Supervisor.Update:output_type -> runv.supervisor.v1.UpdateResponse
+	37, // 74: runv.supervisor.v1.Supervisor.Stats:output_type -> runv.supervisor.v1.StatsResponse
+	40, // 75: runv.supervisor.v1.Supervisor.Events:output_type -> runv.supervisor.v1.EventsResponse
+	43, // 76: runv.supervisor.v1.Supervisor.Inspect:output_type -> runv.supervisor.v1.InspectResponse
+	28, // 77: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
+	47, // 78: runv.supervisor.v1.Supervisor.ListInterfaces:output_type -> runv.supervisor.v1.ListInterfacesResponse
+	50, // 79: runv.supervisor.v1.Supervisor.AddInterface:output_type -> runv.supervisor.v1.AddInterfaceResponse
+	52, // 80: runv.supervisor.v1.Supervisor.UpdateInterface:output_type -> runv.supervisor.v1.UpdateInterfaceResponse
+	54, // 81: runv.supervisor.v1.Supervisor.RemoveInterface:output_type -> runv.supervisor.v1.RemoveInterfaceResponse
+	63, // [63:82] is the sub-list for method output_type
+	44, // [44:63] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_api_supervisor_v1_supervisor_proto_init() }
@@ -3623,13 +4527,14 @@ func file_api_supervisor_v1_supervisor_proto_init() {
 	}
 	file_api_supervisor_v1_supervisor_proto_msgTypes[29].OneofWrappers = []any{}
 	file_api_supervisor_v1_supervisor_proto_msgTypes[30].OneofWrappers = []any{}
+	file_api_supervisor_v1_supervisor_proto_msgTypes[50].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_supervisor_v1_supervisor_proto_rawDesc), len(file_api_supervisor_v1_supervisor_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   47,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

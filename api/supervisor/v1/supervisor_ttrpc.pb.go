@@ -23,6 +23,10 @@ type SupervisorService interface {
 	Events(context.Context, *EventsRequest) (*EventsResponse, error)
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
+	ListInterfaces(context.Context, *ListInterfacesRequest) (*ListInterfacesResponse, error)
+	AddInterface(context.Context, *AddInterfaceRequest) (*AddInterfaceResponse, error)
+	UpdateInterface(context.Context, *UpdateInterfaceRequest) (*UpdateInterfaceResponse, error)
+	RemoveInterface(context.Context, *RemoveInterfaceRequest) (*RemoveInterfaceResponse, error)
 }
 
 func RegisterSupervisorService(srv *ttrpc.Server, svc SupervisorService) {
@@ -132,6 +136,34 @@ func RegisterSupervisorService(srv *ttrpc.Server, svc SupervisorService) {
 					return nil, err
 				}
 				return svc.Delete(ctx, &req)
+			},
+			"ListInterfaces": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ListInterfacesRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ListInterfaces(ctx, &req)
+			},
+			"AddInterface": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AddInterfaceRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.AddInterface(ctx, &req)
+			},
+			"UpdateInterface": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UpdateInterfaceRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.UpdateInterface(ctx, &req)
+			},
+			"RemoveInterface": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RemoveInterfaceRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RemoveInterface(ctx, &req)
 			},
 		},
 	})
@@ -262,6 +294,38 @@ func (c *supervisorClient) Inspect(ctx context.Context, req *InspectRequest) (*I
 func (c *supervisorClient) Delete(ctx context.Context, req *DeleteRequest) (*DeleteResponse, error) {
 	var resp DeleteResponse
 	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "Delete", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) ListInterfaces(ctx context.Context, req *ListInterfacesRequest) (*ListInterfacesResponse, error) {
+	var resp ListInterfacesResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "ListInterfaces", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) AddInterface(ctx context.Context, req *AddInterfaceRequest) (*AddInterfaceResponse, error) {
+	var resp AddInterfaceResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "AddInterface", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) UpdateInterface(ctx context.Context, req *UpdateInterfaceRequest) (*UpdateInterfaceResponse, error) {
+	var resp UpdateInterfaceResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "UpdateInterface", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *supervisorClient) RemoveInterface(ctx context.Context, req *RemoveInterfaceRequest) (*RemoveInterfaceResponse, error) {
+	var resp RemoveInterfaceResponse
+	if err := c.client.Call(ctx, "runv.supervisor.v1.Supervisor", "RemoveInterface", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
