@@ -127,31 +127,6 @@ func (a *app) exec(ctx context.Context, cmd *cli.Command) (int, error) {
 	return exit.Status(), nil
 }
 
-// inherit gives a process from a file what it leaves open, as runc does: the
-// capabilities, limits and score of the container.
-func inherit(p *specs.Process, ct *client.Container) (*specs.Process, error) {
-	if p.Capabilities != nil && p.Rlimits != nil && p.OOMScoreAdj != nil {
-		return p, nil
-	}
-	spec, err := bundle.Load(ct.Bundle)
-	if err != nil {
-		return nil, err
-	}
-	if spec.Process == nil {
-		return p, nil
-	}
-	if p.Capabilities == nil {
-		p.Capabilities = spec.Process.Capabilities
-	}
-	if p.Rlimits == nil {
-		p.Rlimits = spec.Process.Rlimits
-	}
-	if p.OOMScoreAdj == nil {
-		p.OOMScoreAdj = spec.Process.OOMScoreAdj
-	}
-	return p, nil
-}
-
 // execProcess is the process that the flags describe: that of --process, or
 // that of the container's config.json changed by the other flags.
 func execProcess(cmd *cli.Command, ct *client.Container) (*specs.Process, error) {
@@ -165,7 +140,7 @@ func execProcess(cmd *cli.Command, ct *client.Container) (*specs.Process, error)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
-		return inherit(p, ct)
+		return bundle.Inherit(p, ct.Bundle)
 	}
 	args := cmd.Args().Slice()[1:]
 	if len(args) == 0 {

@@ -91,6 +91,31 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 	return spec, req, network, err
 }
 
+// Inherit gives a process from a file what it leaves open, as runc does: the
+// capabilities, limits and score of the container whose bundle is dir.
+func Inherit(p *specs.Process, dir string) (*specs.Process, error) {
+	if p.Capabilities != nil && p.Rlimits != nil && p.OOMScoreAdj != nil {
+		return p, nil
+	}
+	spec, err := Load(dir)
+	if err != nil {
+		return nil, err
+	}
+	if spec.Process == nil {
+		return p, nil
+	}
+	if p.Capabilities == nil {
+		p.Capabilities = spec.Process.Capabilities
+	}
+	if p.Rlimits == nil {
+		p.Rlimits = spec.Process.Rlimits
+	}
+	if p.OOMScoreAdj == nil {
+		p.OOMScoreAdj = spec.Process.OOMScoreAdj
+	}
+	return p, nil
+}
+
 // hostDevice tells whether a listed device is hardware of this host: it is there
 // under that path with those numbers, and is none of those that every kernel has.
 // Numbers that name nothing here are the container's own business.

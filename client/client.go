@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"regexp"
 	"strings"
@@ -69,6 +70,10 @@ type Options struct {
 	// Program is the runv binary, for supervisors and stand-ins. Empty: the
 	// running program.
 	Program string
+	// Supervise, if not nil, is called to run the supervisor of a new pod in this
+	// process, instead of starting one. It returns at once. It closes lifeline and
+	// sends what Supervisor.Serve returned when that has returned.
+	Supervise func(sandboxID string, api, io net.Listener, lifeline *os.File) <-chan error
 	// Debug makes supervisors write debug messages to their log.
 	Debug bool
 	// Warn is told what went wrong without making a call fail; optional.
@@ -206,6 +211,19 @@ func dialDir(ctx context.Context, dir *os.File) (*conn, error) {
 	cl := ttrpc.NewClient(s)
 	return &conn{SupervisorService: supervisorv1.NewSupervisorClient(cl), client: cl}, nil
 }
+
+// Connect returns a connection to the supervisor of a sandbox for those who make
+// many calls. Errors are turned into this package's with FromRPC.
+func (c *Client) Connect(ctx context.Context, sandboxID string) (supervisorv1.SupervisorService, io.Closer, error) {
+	s, err := c.dial(ctx, sandboxID)
+	if err != nil {
+		return nil, nil, err
+	}
+	return s, s.client, nil
+}
+
+// FromRPC turns the error of a call into one of this package's.
+func FromRPC(ctx context.Context, err error) error { return fromRPC(ctx, err) }
 
 // call loads a container that has not stopped, connects to its supervisor and
 // runs f, which makes a call. stopped is the error for one that has.

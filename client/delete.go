@@ -92,7 +92,7 @@ func (c *Client) deleteByCall(ctx context.Context, ct *Container) error {
 	err := c.callDelete(limited, ct)
 	last := ct.SandboxID == ct.ID
 	switch {
-	case err == nil && !last:
+	case err == nil && (!last || ct.Hosted):
 		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
@@ -100,6 +100,13 @@ func (c *Client) deleteByCall(ctx context.Context, ct *Container) error {
 		// It is ending, or it will have to.
 	default:
 		return err
+	}
+	if ct.Hosted {
+		// The process goes on when its pod has ended.
+		if limited.Err() != nil {
+			return newError(ErrTimeout, "the supervisor of %q does not answer", ct.ID)
+		}
+		return nil
 	}
 	if !last {
 		// The pod's own container has been deleted or its supervisor has ended.

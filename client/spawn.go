@@ -3,6 +3,7 @@ package client
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -68,7 +69,9 @@ const (
 type Process struct {
 	// Pid of the stand-in on the host.
 	Pid int
-	cmd *exec.Cmd
+	// ExecID is the process's name for its supervisor; empty for an init.
+	ExecID string
+	cmd    *exec.Cmd
 }
 
 // Exit is how a process ended.
@@ -156,7 +159,7 @@ func (c *Client) standIn(dir *os.File, id, execID string, io Stdio, network stri
 	if err := start(); err != nil {
 		return nil, fmt.Errorf("start stand-in: %w", err)
 	}
-	return &Process{Pid: cmd.Process.Pid, cmd: cmd}, nil
+	return &Process{Pid: cmd.Process.Pid, ExecID: execID, cmd: cmd}, nil
 }
 
 // startIn starts cmd in the network namespace at path. A child has the
@@ -207,10 +210,11 @@ func listen(dir *os.File, name string) (*os.File, error) {
 
 // supervisor is one that this process started.
 type supervisor struct {
-	cmd      *exec.Cmd
+	cmd      *exec.Cmd // nil if it runs in this process
 	lifeline *os.File
-	log      *os.File
+	log      *os.File      // nil if it runs in this process
 	done     chan struct{} // closed when it has ended and been reaped
+	err      error         // how it ended, if it ran in this process; valid once done is closed
 }
 
 // supervise starts the supervisor of a sandbox whose directory is dir. Its
@@ -236,6 +240,9 @@ func (c *Client) supervise(dir *os.File, sandboxID string) (_ *supervisor, err e
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("make lifeline: %w", err)
+	}
+	if c.o.Supervise != nil {
+		return c.host(sandboxID, api, stdio, r, w)
 	}
 	own = append(own, r)
 	logfd, err := unix.Openat(int(dir.Fd()), LogFile, unix.O_RDWR|unix.O_CREAT|unix.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
@@ -269,6 +276,33 @@ func (c *Client) supervise(dir *os.File, sandboxID string) (_ *supervisor, err e
 	return s, nil
 }
 
+// host lets this process be the supervisor. It takes over both ends of the
+// lifeline.
+func (c *Client) host(sandboxID string, api, stdio, r, w *os.File) (_ *supervisor, err error) {
+	defer func() {
+		if err != nil {
+			_ = r.Close()
+			_ = w.Close()
+		}
+	}()
+	apiListener, err := net.FileListener(api)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", supervisorv1.APISocket, err)
+	}
+	ioListener, err := net.FileListener(stdio)
+	if err != nil {
+		_ = apiListener.Close()
+		return nil, fmt.Errorf("listen on %s: %w", supervisorv1.IOSocket, err)
+	}
+	s := &supervisor{lifeline: w, done: make(chan struct{})}
+	served := c.o.Supervise(sandboxID, apiListener, ioListener, r)
+	go func() {
+		s.err = <-served
+		close(s.done)
+	}()
+	return s, nil
+}
+
 // supervisorEnv leaves out what is meant for the caller's own process.
 func supervisorEnv(env []string) []string {
 	var out []string
@@ -294,13 +328,17 @@ func cut(kv string) (name, value string, ok bool) {
 // release gives the supervisor its freedom: it has a container.
 func (s *supervisor) release() {
 	_ = s.lifeline.Close()
-	_ = s.log.Close()
+	if s.log != nil {
+		_ = s.log.Close()
+	}
 }
 
 // end tells the supervisor to end, and makes it if it does not.
 func (s *supervisor) end() {
 	s.wait()
-	_ = s.log.Close()
+	if s.log != nil {
+		_ = s.log.Close()
+	}
 }
 
 func (s *supervisor) wait() {
@@ -310,6 +348,9 @@ func (s *supervisor) wait() {
 	select {
 	case <-s.done:
 	case <-t.C:
+		if s.cmd == nil {
+			return // its end is this process's
+		}
 		_ = s.cmd.Process.Kill()
 		<-s.done
 	}
@@ -317,12 +358,22 @@ func (s *supervisor) wait() {
 
 // broken reports whether the supervisor, which has ended, did not end by itself
 // and so has taken nothing back.
-func (s *supervisor) broken() bool { return !s.cmd.ProcessState.Success() }
+func (s *supervisor) broken() bool { return s.cmd != nil && !s.cmd.ProcessState.Success() }
 
 // explain is the error for a supervisor that broke off instead of answering:
 // what it said last, or how it ended.
 func (s *supervisor) explain() error {
 	s.wait()
+	if s.cmd == nil {
+		select {
+		case <-s.done:
+			if s.err != nil {
+				return &Error{Message: "the supervisor ended: " + s.err.Error(), Kind: ErrUnavailable}
+			}
+		default:
+		}
+		return newError(ErrUnavailable, "the supervisor ended")
+	}
 	if l := lastWords(s.log); l != "" {
 		return newError(ErrUnavailable, "the supervisor ended: %s", l)
 	}
