@@ -130,6 +130,10 @@ func (s *service) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSa
 	return &agentv1.ConfigureSandboxResponse{}, s.agent.configure(ctx, req)
 }
 
+func (s *service) UpdateNetwork(_ context.Context, req *agentv1.UpdateNetworkRequest) (*agentv1.UpdateNetworkResponse, error) {
+	return &agentv1.UpdateNetworkResponse{}, s.agent.updateNetwork(req.Config)
+}
+
 func (s *service) Settle(ctx context.Context, _ *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
 	skipped, err := s.agent.settle(ctx)
 	if err != nil {

@@ -293,6 +293,11 @@ func (c *Client) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSan
 	return call(ctx, c, "configure sandbox", c.agent.ConfigureSandbox, req)
 }
 
+// UpdateNetwork implements agentv1.AgentService.
+func (c *Client) UpdateNetwork(ctx context.Context, req *agentv1.UpdateNetworkRequest) (*agentv1.UpdateNetworkResponse, error) {
+	return call(ctx, c, "update network", c.agent.UpdateNetwork, req)
+}
+
 // Settle implements agentv1.AgentService.
 func (c *Client) Settle(ctx context.Context, req *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
 	resp, err := call(ctx, c, "settle", c.agent.Settle, req)

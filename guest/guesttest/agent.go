@@ -49,6 +49,7 @@ type Agent struct {
 	calls   []string
 	hellos  []*agentv1.HelloRequest
 	sandbox *agentv1.ConfigureSandboxRequest
+	network []*agentv1.NetworkConfig
 	procs   map[key]*process
 	streams map[streamKey]chan net.Conn
 	paused  map[string]bool
@@ -92,6 +93,13 @@ func (a *Agent) Sandbox() *agentv1.ConfigureSandboxRequest {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.sandbox
+}
+
+// Networks returns what UpdateNetwork was called with, in order.
+func (a *Agent) Networks() []*agentv1.NetworkConfig {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return append([]*agentv1.NetworkConfig(nil), a.network...)
 }
 
 // Height returns the rows of a process's terminal.
@@ -246,6 +254,13 @@ func (s *service) ConfigureSandbox(_ context.Context, r *agentv1.ConfigureSandbo
 	defer s.mu.Unlock()
 	s.sandbox = r
 	return &agentv1.ConfigureSandboxResponse{}, nil
+}
+
+func (s *service) UpdateNetwork(_ context.Context, r *agentv1.UpdateNetworkRequest) (*agentv1.UpdateNetworkResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.network = append(s.network, r.Config)
+	return &agentv1.UpdateNetworkResponse{}, nil
 }
 
 func (s *service) Settle(context.Context, *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {

@@ -597,6 +597,28 @@ func (s *Server) setStatus(id string, to state.Status) error {
 	return s.Store.Save(r)
 }
 
+// ListInterfaces implements supervisorv1.SupervisorService: there is no network.
+func (s *Server) ListInterfaces(context.Context, *supervisorv1.ListInterfacesRequest) (*supervisorv1.ListInterfacesResponse, error) {
+	return nil, errNoNetwork
+}
+
+// AddInterface implements supervisorv1.SupervisorService.
+func (s *Server) AddInterface(context.Context, *supervisorv1.AddInterfaceRequest) (*supervisorv1.AddInterfaceResponse, error) {
+	return nil, errNoNetwork
+}
+
+// UpdateInterface implements supervisorv1.SupervisorService.
+func (s *Server) UpdateInterface(context.Context, *supervisorv1.UpdateInterfaceRequest) (*supervisorv1.UpdateInterfaceResponse, error) {
+	return nil, errNoNetwork
+}
+
+// RemoveInterface implements supervisorv1.SupervisorService.
+func (s *Server) RemoveInterface(context.Context, *supervisorv1.RemoveInterfaceRequest) (*supervisorv1.RemoveInterfaceResponse, error) {
+	return nil, errNoNetwork
+}
+
+var errNoNetwork = status.Error(codes.FailedPrecondition, "the pod has no network namespace")
+
 // Delete implements supervisorv1.SupervisorService.
 func (s *Server) Delete(ctx context.Context, req *supervisorv1.DeleteRequest) (*supervisorv1.DeleteResponse, error) {
 	s.called("Delete %s", req.Id)

@@ -94,6 +94,7 @@ const (
 	Network_MODE_UNSPECIFIED Network_Mode = 0
 	Network_MODE_NONE        Network_Mode = 1 // loopback only
 	Network_MODE_DHCP        Network_Mode = 2 // the first NIC is configured by DHCP (QEMU's user-mode stack)
+	Network_MODE_NAMESPACE   Network_Mode = 3 // config, until UpdateNetwork says otherwise
 )
 
 // Enum value maps for Network_Mode.
@@ -102,11 +103,13 @@ var (
 		0: "MODE_UNSPECIFIED",
 		1: "MODE_NONE",
 		2: "MODE_DHCP",
+		3: "MODE_NAMESPACE",
 	}
 	Network_Mode_value = map[string]int32{
 		"MODE_UNSPECIFIED": 0,
 		"MODE_NONE":        1,
 		"MODE_DHCP":        2,
+		"MODE_NAMESPACE":   3,
 	}
 )
 
@@ -203,7 +206,7 @@ func (x Namespace_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Namespace_Type.Descriptor instead.
 func (Namespace_Type) EnumDescriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // StreamHeader says what the stream that it begins is for.
@@ -278,6 +281,7 @@ type HelloRequest struct {
 	// At least 32 bytes of fresh host entropy. The agent credits it and reseeds
 	// the kernel's generator before it answers.
 	Entropy       []byte `protobuf:"bytes,4,opt,name=entropy,proto3" json:"entropy,omitempty"`
+	Trace         bool   `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -340,6 +344,13 @@ func (x *HelloRequest) GetEntropy() []byte {
 	return nil
 }
 
+func (x *HelloRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type HelloResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	ProtocolVersion uint32                 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
@@ -348,6 +359,7 @@ type HelloResponse struct {
 	Architecture    string                 `protobuf:"bytes,4,opt,name=architecture,proto3" json:"architecture,omitempty"`
 	Cpus            uint32                 `protobuf:"varint,5,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	MemoryBytes     int64                  `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	Trace           *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"` // if the request asked for it
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -424,6 +436,13 @@ func (x *HelloResponse) GetMemoryBytes() int64 {
 	return 0
 }
 
+func (x *HelloResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
+}
+
 type ConfigureSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the pod, for logs and as the default hostname.
@@ -432,6 +451,7 @@ type ConfigureSandboxRequest struct {
 	MachineId     string   `protobuf:"bytes,3,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 32 lower-case hex digits; empty: derived by the agent at random
 	Shares        []*Share `protobuf:"bytes,4,rep,name=shares,proto3" json:"shares,omitempty"`
 	Network       *Network `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
+	Trace         bool     `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,8 +521,16 @@ func (x *ConfigureSandboxRequest) GetNetwork() *Network {
 	return nil
 }
 
+func (x *ConfigureSandboxRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type ConfigureSandboxResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"` // if the request asked for it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,6 +563,13 @@ func (x *ConfigureSandboxResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ConfigureSandboxResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureSandboxResponse) Descriptor() ([]byte, []int) {
 	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ConfigureSandboxResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 type SettleRequest struct {
@@ -694,7 +729,8 @@ type Network struct {
 	// Hardware address of the first NIC, six hex bytes with colons, set before
 	// the NIC is: a clone has the one that its template had. It must be that of
 	// one station. Empty: the NIC keeps its own.
-	MacAddress    string `protobuf:"bytes,2,opt,name=mac_address,json=macAddress,proto3" json:"mac_address,omitempty"`
+	MacAddress    string         `protobuf:"bytes,2,opt,name=mac_address,json=macAddress,proto3" json:"mac_address,omitempty"`
+	Config        *NetworkConfig `protobuf:"bytes,3,opt,name=config,proto3" json:"config,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -743,6 +779,604 @@ func (x *Network) GetMacAddress() string {
 	return ""
 }
 
+func (x *Network) GetConfig() *NetworkConfig {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+type UpdateNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Config        *NetworkConfig         `protobuf:"bytes,1,opt,name=config,proto3" json:"config,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateNetworkRequest) Reset() {
+	*x = UpdateNetworkRequest{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateNetworkRequest) ProtoMessage() {}
+
+func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
+func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *UpdateNetworkRequest) GetConfig() *NetworkConfig {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+type UpdateNetworkResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateNetworkResponse) Reset() {
+	*x = UpdateNetworkResponse{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateNetworkResponse) ProtoMessage() {}
+
+func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateNetworkResponse.ProtoReflect.Descriptor instead.
+func (*UpdateNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+// NetworkConfig is all of a pod's network, as it is in the network namespace
+// that the host keeps for it.
+type NetworkConfig struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interfaces    []*NetworkInterface    `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	Routes        []*Route               `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	Neighbours    []*Neighbour           `protobuf:"bytes,3,rep,name=neighbours,proto3" json:"neighbours,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkConfig) Reset() {
+	*x = NetworkConfig{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkConfig) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkConfig) ProtoMessage() {}
+
+func (x *NetworkConfig) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkConfig.ProtoReflect.Descriptor instead.
+func (*NetworkConfig) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *NetworkConfig) GetInterfaces() []*NetworkInterface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetRoutes() []*Route {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *NetworkConfig) GetNeighbours() []*Neighbour {
+	if x != nil {
+		return x.Neighbours
+	}
+	return nil
+}
+
+type NetworkInterface struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The virtual machine's card: the one whose own address ends in this number.
+	Slot          uint32              `protobuf:"varint,1,opt,name=slot,proto3" json:"slot,omitempty"`
+	Name          string              `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Mac           []byte              `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`  // 6 bytes
+	Mtu           uint32              `protobuf:"varint,4,opt,name=mtu,proto3" json:"mtu,omitempty"` // 68 to 65535
+	Up            bool                `protobuf:"varint,5,opt,name=up,proto3" json:"up,omitempty"`
+	Addresses     []*InterfaceAddress `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	NoArp         bool                `protobuf:"varint,7,opt,name=no_arp,json=noArp,proto3" json:"no_arp,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkInterface) Reset() {
+	*x = NetworkInterface{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkInterface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkInterface) ProtoMessage() {}
+
+func (x *NetworkInterface) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkInterface.ProtoReflect.Descriptor instead.
+func (*NetworkInterface) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *NetworkInterface) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *NetworkInterface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkInterface) GetMac() []byte {
+	if x != nil {
+		return x.Mac
+	}
+	return nil
+}
+
+func (x *NetworkInterface) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *NetworkInterface) GetUp() bool {
+	if x != nil {
+		return x.Up
+	}
+	return false
+}
+
+func (x *NetworkInterface) GetAddresses() []*InterfaceAddress {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *NetworkInterface) GetNoArp() bool {
+	if x != nil {
+		return x.NoArp
+	}
+	return false
+}
+
+type InterfaceAddress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ip            []byte                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"` // 4 or 16 bytes
+	PrefixLength  uint32                 `protobuf:"varint,2,opt,name=prefix_length,json=prefixLength,proto3" json:"prefix_length,omitempty"`
+	Scope         uint32                 `protobuf:"varint,3,opt,name=scope,proto3" json:"scope,omitempty"` // RT_SCOPE_*
+	Broadcast     []byte                 `protobuf:"bytes,4,opt,name=broadcast,proto3" json:"broadcast,omitempty"`
+	Peer          []byte                 `protobuf:"bytes,5,opt,name=peer,proto3" json:"peer,omitempty"` // far end of a point-to-point link; prefix_length is then its
+	NoPrefixRoute bool                   `protobuf:"varint,6,opt,name=no_prefix_route,json=noPrefixRoute,proto3" json:"no_prefix_route,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InterfaceAddress) Reset() {
+	*x = InterfaceAddress{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InterfaceAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InterfaceAddress) ProtoMessage() {}
+
+func (x *InterfaceAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InterfaceAddress.ProtoReflect.Descriptor instead.
+func (*InterfaceAddress) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *InterfaceAddress) GetIp() []byte {
+	if x != nil {
+		return x.Ip
+	}
+	return nil
+}
+
+func (x *InterfaceAddress) GetPrefixLength() uint32 {
+	if x != nil {
+		return x.PrefixLength
+	}
+	return 0
+}
+
+func (x *InterfaceAddress) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *InterfaceAddress) GetBroadcast() []byte {
+	if x != nil {
+		return x.Broadcast
+	}
+	return nil
+}
+
+func (x *InterfaceAddress) GetPeer() []byte {
+	if x != nil {
+		return x.Peer
+	}
+	return nil
+}
+
+func (x *InterfaceAddress) GetNoPrefixRoute() bool {
+	if x != nil {
+		return x.NoPrefixRoute
+	}
+	return false
+}
+
+// Route of the main table.
+type Route struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Ipv6         bool                   `protobuf:"varint,1,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	Destination  []byte                 `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"` // empty: the default route
+	PrefixLength uint32                 `protobuf:"varint,3,opt,name=prefix_length,json=prefixLength,proto3" json:"prefix_length,omitempty"`
+	// Name of an interface of the same NetworkConfig; empty for a type that needs
+	// none, and with next_hops.
+	Interface     string     `protobuf:"bytes,4,opt,name=interface,proto3" json:"interface,omitempty"`
+	Gateway       []byte     `protobuf:"bytes,5,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Source        []byte     `protobuf:"bytes,6,opt,name=source,proto3" json:"source,omitempty"`
+	Metric        uint32     `protobuf:"varint,7,opt,name=metric,proto3" json:"metric,omitempty"`
+	Scope         uint32     `protobuf:"varint,8,opt,name=scope,proto3" json:"scope,omitempty"`        // RT_SCOPE_*
+	Type          uint32     `protobuf:"varint,9,opt,name=type,proto3" json:"type,omitempty"`          // RTN_*
+	Protocol      uint32     `protobuf:"varint,10,opt,name=protocol,proto3" json:"protocol,omitempty"` // RTPROT_*
+	Mtu           uint32     `protobuf:"varint,11,opt,name=mtu,proto3" json:"mtu,omitempty"`           // 0: the interface's
+	Onlink        bool       `protobuf:"varint,12,opt,name=onlink,proto3" json:"onlink,omitempty"`
+	NextHops      []*NextHop `protobuf:"bytes,13,rep,name=next_hops,json=nextHops,proto3" json:"next_hops,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Route) Reset() {
+	*x = Route{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Route) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Route) ProtoMessage() {}
+
+func (x *Route) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Route.ProtoReflect.Descriptor instead.
+func (*Route) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Route) GetIpv6() bool {
+	if x != nil {
+		return x.Ipv6
+	}
+	return false
+}
+
+func (x *Route) GetDestination() []byte {
+	if x != nil {
+		return x.Destination
+	}
+	return nil
+}
+
+func (x *Route) GetPrefixLength() uint32 {
+	if x != nil {
+		return x.PrefixLength
+	}
+	return 0
+}
+
+func (x *Route) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Route) GetGateway() []byte {
+	if x != nil {
+		return x.Gateway
+	}
+	return nil
+}
+
+func (x *Route) GetSource() []byte {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *Route) GetMetric() uint32 {
+	if x != nil {
+		return x.Metric
+	}
+	return 0
+}
+
+func (x *Route) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *Route) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *Route) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *Route) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Route) GetOnlink() bool {
+	if x != nil {
+		return x.Onlink
+	}
+	return false
+}
+
+func (x *Route) GetNextHops() []*NextHop {
+	if x != nil {
+		return x.NextHops
+	}
+	return nil
+}
+
+type NextHop struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Gateway       []byte                 `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Weight        uint32                 `protobuf:"varint,3,opt,name=weight,proto3" json:"weight,omitempty"` // 1 to 256
+	Onlink        bool                   `protobuf:"varint,4,opt,name=onlink,proto3" json:"onlink,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NextHop) Reset() {
+	*x = NextHop{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NextHop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NextHop) ProtoMessage() {}
+
+func (x *NextHop) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NextHop.ProtoReflect.Descriptor instead.
+func (*NextHop) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *NextHop) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *NextHop) GetGateway() []byte {
+	if x != nil {
+		return x.Gateway
+	}
+	return nil
+}
+
+func (x *NextHop) GetWeight() uint32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *NextHop) GetOnlink() bool {
+	if x != nil {
+		return x.Onlink
+	}
+	return false
+}
+
+// Neighbour is a permanent entry of the ARP or NDP table.
+type Neighbour struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Ip            []byte                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`
+	Mac           []byte                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Neighbour) Reset() {
+	*x = Neighbour{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Neighbour) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Neighbour) ProtoMessage() {}
+
+func (x *Neighbour) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
+func (*Neighbour) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Neighbour) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Neighbour) GetIp() []byte {
+	if x != nil {
+		return x.Ip
+	}
+	return nil
+}
+
+func (x *Neighbour) GetMac() []byte {
+	if x != nil {
+		return x.Mac
+	}
+	return nil
+}
+
 type CreateContainerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -772,13 +1406,14 @@ type CreateContainerRequest struct {
 	TimeOffsets map[string]*TimeOffset `protobuf:"bytes,20,rep,name=time_offsets,json=timeOffsets,proto3" json:"time_offsets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// PER_* of personality(2), for every process of the container.
 	Personality   uint32 `protobuf:"varint,21,opt,name=personality,proto3" json:"personality,omitempty"`
+	Trace         bool   `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +1425,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +1438,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateContainerRequest) GetContainerId() string {
@@ -953,17 +1588,25 @@ func (x *CreateContainerRequest) GetPersonality() uint32 {
 	return 0
 }
 
+func (x *CreateContainerRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type CreateContainerResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Pid of the waiting init process, in the guest's initial pid namespace.
 	Pid           uint32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Trace         *Trace `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"` // if the request asked for it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateContainerResponse) Reset() {
 	*x = CreateContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1618,7 @@ func (x *CreateContainerResponse) String() string {
 func (*CreateContainerResponse) ProtoMessage() {}
 
 func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1631,7 @@ func (x *CreateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerResponse.ProtoReflect.Descriptor instead.
 func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateContainerResponse) GetPid() uint32 {
@@ -996,6 +1639,13 @@ func (x *CreateContainerResponse) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *CreateContainerResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 type Stdio struct {
@@ -1009,7 +1659,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1021,7 +1671,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1034,7 +1684,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Stdio) GetStdin() bool {
@@ -1072,7 +1722,7 @@ type Rootfs struct {
 
 func (x *Rootfs) Reset() {
 	*x = Rootfs{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1734,7 @@ func (x *Rootfs) String() string {
 func (*Rootfs) ProtoMessage() {}
 
 func (x *Rootfs) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1747,7 @@ func (x *Rootfs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rootfs.ProtoReflect.Descriptor instead.
 func (*Rootfs) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Rootfs) GetShareTag() string {
@@ -1157,7 +1807,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1819,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1832,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Mount) GetDestination() string {
@@ -1305,7 +1955,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +1967,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +1980,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Device) GetPath() string {
@@ -1393,7 +2043,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1405,7 +2055,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1418,7 +2068,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Namespace) GetType() Namespace_Type {
@@ -1446,7 +2096,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +2108,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +2121,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -1509,7 +2159,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +2171,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +2184,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Resources) GetUnified() map[string]string {
@@ -1565,7 +2215,7 @@ type DeviceRule struct {
 
 func (x *DeviceRule) Reset() {
 	*x = DeviceRule{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +2227,7 @@ func (x *DeviceRule) String() string {
 func (*DeviceRule) ProtoMessage() {}
 
 func (x *DeviceRule) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +2240,7 @@ func (x *DeviceRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
 func (*DeviceRule) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeviceRule) GetAllow() bool {
@@ -1638,7 +2288,7 @@ type TimeOffset struct {
 
 func (x *TimeOffset) Reset() {
 	*x = TimeOffset{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1650,7 +2300,7 @@ func (x *TimeOffset) String() string {
 func (*TimeOffset) ProtoMessage() {}
 
 func (x *TimeOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1663,7 +2313,7 @@ func (x *TimeOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TimeOffset.ProtoReflect.Descriptor instead.
 func (*TimeOffset) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TimeOffset) GetSeconds() int64 {
@@ -1691,7 +2341,7 @@ type Seccomp struct {
 
 func (x *Seccomp) Reset() {
 	*x = Seccomp{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +2353,7 @@ func (x *Seccomp) String() string {
 func (*Seccomp) ProtoMessage() {}
 
 func (x *Seccomp) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +2366,7 @@ func (x *Seccomp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seccomp.ProtoReflect.Descriptor instead.
 func (*Seccomp) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Seccomp) GetFilter() []byte {
@@ -1743,7 +2393,7 @@ type GuestHooks struct {
 
 func (x *GuestHooks) Reset() {
 	*x = GuestHooks{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1755,7 +2405,7 @@ func (x *GuestHooks) String() string {
 func (*GuestHooks) ProtoMessage() {}
 
 func (x *GuestHooks) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1768,7 +2418,7 @@ func (x *GuestHooks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestHooks.ProtoReflect.Descriptor instead.
 func (*GuestHooks) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GuestHooks) GetCreateContainer() []*Hook {
@@ -1800,7 +2450,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1812,7 +2462,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1825,7 +2475,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Hook) GetPath() string {
@@ -1884,7 +2534,7 @@ type HookState struct {
 
 func (x *HookState) Reset() {
 	*x = HookState{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2546,7 @@ func (x *HookState) String() string {
 func (*HookState) ProtoMessage() {}
 
 func (x *HookState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2559,7 @@ func (x *HookState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookState.ProtoReflect.Descriptor instead.
 func (*HookState) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *HookState) GetOciVersion() string {
@@ -1969,7 +2619,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1981,7 +2631,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1994,7 +2644,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Process) GetTerminal() bool {
@@ -2107,7 +2757,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2119,7 +2769,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2132,7 +2782,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *User) GetUid() uint32 {
@@ -2177,7 +2827,7 @@ type Capabilities struct {
 
 func (x *Capabilities) Reset() {
 	*x = Capabilities{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2189,7 +2839,7 @@ func (x *Capabilities) String() string {
 func (*Capabilities) ProtoMessage() {}
 
 func (x *Capabilities) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2202,7 +2852,7 @@ func (x *Capabilities) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
 func (*Capabilities) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Capabilities) GetBounding() uint64 {
@@ -2251,7 +2901,7 @@ type Rlimit struct {
 
 func (x *Rlimit) Reset() {
 	*x = Rlimit{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2263,7 +2913,7 @@ func (x *Rlimit) String() string {
 func (*Rlimit) ProtoMessage() {}
 
 func (x *Rlimit) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2276,7 +2926,7 @@ func (x *Rlimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
 func (*Rlimit) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Rlimit) GetResource() uint32 {
@@ -2310,7 +2960,7 @@ type IOPriority struct {
 
 func (x *IOPriority) Reset() {
 	*x = IOPriority{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2322,7 +2972,7 @@ func (x *IOPriority) String() string {
 func (*IOPriority) ProtoMessage() {}
 
 func (x *IOPriority) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2335,7 +2985,7 @@ func (x *IOPriority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOPriority.ProtoReflect.Descriptor instead.
 func (*IOPriority) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *IOPriority) GetClass() uint32 {
@@ -2367,7 +3017,7 @@ type Scheduler struct {
 
 func (x *Scheduler) Reset() {
 	*x = Scheduler{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +3029,7 @@ func (x *Scheduler) String() string {
 func (*Scheduler) ProtoMessage() {}
 
 func (x *Scheduler) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +3042,7 @@ func (x *Scheduler) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduler.ProtoReflect.Descriptor instead.
 func (*Scheduler) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Scheduler) GetPolicy() uint32 {
@@ -2447,13 +3097,14 @@ func (x *Scheduler) GetPeriod() uint64 {
 type StartContainerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Trace         bool                   `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +3116,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +3129,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StartContainerRequest) GetContainerId() string {
@@ -2488,15 +3139,23 @@ func (x *StartContainerRequest) GetContainerId() string {
 	return ""
 }
 
+func (x *StartContainerRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type StartContainerResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"` // if the request asked for it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +3167,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +3180,14 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *StartContainerResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 type ExecRequest struct {
@@ -2530,13 +3196,14 @@ type ExecRequest struct {
 	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
 	Process       *Process               `protobuf:"bytes,3,opt,name=process,proto3" json:"process,omitempty"`
 	Stdio         *Stdio                 `protobuf:"bytes,4,opt,name=stdio,proto3" json:"stdio,omitempty"`
+	Trace         bool                   `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2548,7 +3215,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2561,7 +3228,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -2592,16 +3259,24 @@ func (x *ExecRequest) GetStdio() *Stdio {
 	return nil
 }
 
+func (x *ExecRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type ExecResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Trace         *Trace                 `protobuf:"bytes,50,opt,name=trace,proto3" json:"trace,omitempty"` // if the request asked for it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2613,7 +3288,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2626,7 +3301,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExecResponse) GetPid() uint32 {
@@ -2634,6 +3309,13 @@ func (x *ExecResponse) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *ExecResponse) GetTrace() *Trace {
+	if x != nil {
+		return x.Trace
+	}
+	return nil
 }
 
 type WaitProcessRequest struct {
@@ -2646,7 +3328,7 @@ type WaitProcessRequest struct {
 
 func (x *WaitProcessRequest) Reset() {
 	*x = WaitProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2658,7 +3340,7 @@ func (x *WaitProcessRequest) String() string {
 func (*WaitProcessRequest) ProtoMessage() {}
 
 func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2671,7 +3353,7 @@ func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessRequest.ProtoReflect.Descriptor instead.
 func (*WaitProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WaitProcessRequest) GetContainerId() string {
@@ -2702,7 +3384,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +3396,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +3409,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WaitProcessResponse) GetExitCode() uint32 {
@@ -2770,7 +3452,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2782,7 +3464,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2795,7 +3477,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -2834,7 +3516,7 @@ type SignalProcessResponse struct {
 
 func (x *SignalProcessResponse) Reset() {
 	*x = SignalProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2846,7 +3528,7 @@ func (x *SignalProcessResponse) String() string {
 func (*SignalProcessResponse) ProtoMessage() {}
 
 func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2859,7 +3541,7 @@ func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessResponse.ProtoReflect.Descriptor instead.
 func (*SignalProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 type ResizeTerminalRequest struct {
@@ -2874,7 +3556,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2886,7 +3568,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2899,7 +3581,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ResizeTerminalRequest) GetContainerId() string {
@@ -2938,7 +3620,7 @@ type ResizeTerminalResponse struct {
 
 func (x *ResizeTerminalResponse) Reset() {
 	*x = ResizeTerminalResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2950,7 +3632,7 @@ func (x *ResizeTerminalResponse) String() string {
 func (*ResizeTerminalResponse) ProtoMessage() {}
 
 func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2963,7 +3645,7 @@ func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalResponse.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type ListProcessesRequest struct {
@@ -2975,7 +3657,7 @@ type ListProcessesRequest struct {
 
 func (x *ListProcessesRequest) Reset() {
 	*x = ListProcessesRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2987,7 +3669,7 @@ func (x *ListProcessesRequest) String() string {
 func (*ListProcessesRequest) ProtoMessage() {}
 
 func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3000,7 +3682,7 @@ func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesRequest.ProtoReflect.Descriptor instead.
 func (*ListProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListProcessesRequest) GetContainerId() string {
@@ -3019,7 +3701,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3031,7 +3713,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3044,7 +3726,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessInfo {
@@ -3071,7 +3753,7 @@ type ProcessInfo struct {
 
 func (x *ProcessInfo) Reset() {
 	*x = ProcessInfo{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3083,7 +3765,7 @@ func (x *ProcessInfo) String() string {
 func (*ProcessInfo) ProtoMessage() {}
 
 func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3096,7 +3778,7 @@ func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessInfo.ProtoReflect.Descriptor instead.
 func (*ProcessInfo) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ProcessInfo) GetPid() uint32 {
@@ -3171,7 +3853,7 @@ type PauseContainerRequest struct {
 
 func (x *PauseContainerRequest) Reset() {
 	*x = PauseContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3865,7 @@ func (x *PauseContainerRequest) String() string {
 func (*PauseContainerRequest) ProtoMessage() {}
 
 func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3878,7 @@ func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerRequest.ProtoReflect.Descriptor instead.
 func (*PauseContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PauseContainerRequest) GetContainerId() string {
@@ -3214,7 +3896,7 @@ type PauseContainerResponse struct {
 
 func (x *PauseContainerResponse) Reset() {
 	*x = PauseContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3226,7 +3908,7 @@ func (x *PauseContainerResponse) String() string {
 func (*PauseContainerResponse) ProtoMessage() {}
 
 func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3239,7 +3921,7 @@ func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerResponse.ProtoReflect.Descriptor instead.
 func (*PauseContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 type ResumeContainerRequest struct {
@@ -3251,7 +3933,7 @@ type ResumeContainerRequest struct {
 
 func (x *ResumeContainerRequest) Reset() {
 	*x = ResumeContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3263,7 +3945,7 @@ func (x *ResumeContainerRequest) String() string {
 func (*ResumeContainerRequest) ProtoMessage() {}
 
 func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3276,7 +3958,7 @@ func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerRequest.ProtoReflect.Descriptor instead.
 func (*ResumeContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ResumeContainerRequest) GetContainerId() string {
@@ -3294,7 +3976,7 @@ type ResumeContainerResponse struct {
 
 func (x *ResumeContainerResponse) Reset() {
 	*x = ResumeContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3306,7 +3988,7 @@ func (x *ResumeContainerResponse) String() string {
 func (*ResumeContainerResponse) ProtoMessage() {}
 
 func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3319,7 +4001,7 @@ func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerResponse.ProtoReflect.Descriptor instead.
 func (*ResumeContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 type DeleteContainerRequest struct {
@@ -3331,7 +4013,7 @@ type DeleteContainerRequest struct {
 
 func (x *DeleteContainerRequest) Reset() {
 	*x = DeleteContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3343,7 +4025,7 @@ func (x *DeleteContainerRequest) String() string {
 func (*DeleteContainerRequest) ProtoMessage() {}
 
 func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3356,7 +4038,7 @@ func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerRequest.ProtoReflect.Descriptor instead.
 func (*DeleteContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DeleteContainerRequest) GetContainerId() string {
@@ -3374,7 +4056,7 @@ type DeleteContainerResponse struct {
 
 func (x *DeleteContainerResponse) Reset() {
 	*x = DeleteContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3386,7 +4068,7 @@ func (x *DeleteContainerResponse) String() string {
 func (*DeleteContainerResponse) ProtoMessage() {}
 
 func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3399,7 +4081,7 @@ func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerResponse.ProtoReflect.Descriptor instead.
 func (*DeleteContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type ShutdownRequest struct {
@@ -3410,7 +4092,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3422,7 +4104,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3435,7 +4117,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type ShutdownResponse struct {
@@ -3446,7 +4128,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3458,7 +4140,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3471,7 +4153,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 type StatsContainerRequest struct {
@@ -3483,7 +4165,7 @@ type StatsContainerRequest struct {
 
 func (x *StatsContainerRequest) Reset() {
 	*x = StatsContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +4177,7 @@ func (x *StatsContainerRequest) String() string {
 func (*StatsContainerRequest) ProtoMessage() {}
 
 func (x *StatsContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +4190,7 @@ func (x *StatsContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsContainerRequest.ProtoReflect.Descriptor instead.
 func (*StatsContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StatsContainerRequest) GetContainerId() string {
@@ -3527,7 +4209,7 @@ type StatsContainerResponse struct {
 
 func (x *StatsContainerResponse) Reset() {
 	*x = StatsContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3539,7 +4221,7 @@ func (x *StatsContainerResponse) String() string {
 func (*StatsContainerResponse) ProtoMessage() {}
 
 func (x *StatsContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3552,7 +4234,7 @@ func (x *StatsContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsContainerResponse.ProtoReflect.Descriptor instead.
 func (*StatsContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StatsContainerResponse) GetStats() *ContainerStats {
@@ -3579,7 +4261,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3591,7 +4273,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3604,7 +4286,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ContainerStats) GetCpu() *CPUStats {
@@ -3666,7 +4348,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +4360,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +4373,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -3774,7 +4456,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3786,7 +4468,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3799,7 +4481,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -3872,7 +4554,7 @@ type MemoryEvents struct {
 
 func (x *MemoryEvents) Reset() {
 	*x = MemoryEvents{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3884,7 +4566,7 @@ func (x *MemoryEvents) String() string {
 func (*MemoryEvents) ProtoMessage() {}
 
 func (x *MemoryEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3897,7 +4579,7 @@ func (x *MemoryEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryEvents.ProtoReflect.Descriptor instead.
 func (*MemoryEvents) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MemoryEvents) GetLow() uint64 {
@@ -3945,7 +4627,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3957,7 +4639,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3970,7 +4652,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -4001,7 +4683,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4013,7 +4695,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4026,7 +4708,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *IOStats) GetMajor() uint32 {
@@ -4083,7 +4765,7 @@ type HugetlbStats struct {
 
 func (x *HugetlbStats) Reset() {
 	*x = HugetlbStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4095,7 +4777,7 @@ func (x *HugetlbStats) String() string {
 func (*HugetlbStats) ProtoMessage() {}
 
 func (x *HugetlbStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4108,7 +4790,7 @@ func (x *HugetlbStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugetlbStats.ProtoReflect.Descriptor instead.
 func (*HugetlbStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *HugetlbStats) GetPageSize() string {
@@ -4156,7 +4838,7 @@ type NetworkStats struct {
 
 func (x *NetworkStats) Reset() {
 	*x = NetworkStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4168,7 +4850,7 @@ func (x *NetworkStats) String() string {
 func (*NetworkStats) ProtoMessage() {}
 
 func (x *NetworkStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4181,7 +4863,7 @@ func (x *NetworkStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkStats.ProtoReflect.Descriptor instead.
 func (*NetworkStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *NetworkStats) GetName() string {
@@ -4258,7 +4940,7 @@ type PressureStats struct {
 
 func (x *PressureStats) Reset() {
 	*x = PressureStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4270,7 +4952,7 @@ func (x *PressureStats) String() string {
 func (*PressureStats) ProtoMessage() {}
 
 func (x *PressureStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4283,7 +4965,7 @@ func (x *PressureStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureStats.ProtoReflect.Descriptor instead.
 func (*PressureStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PressureStats) GetSome() *Pressure {
@@ -4312,7 +4994,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4324,7 +5006,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4337,7 +5019,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Pressure) GetAvg10() float64 {
@@ -4379,7 +5061,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4391,7 +5073,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4404,7 +5086,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -4429,7 +5111,7 @@ type UpdateContainerResponse struct {
 
 func (x *UpdateContainerResponse) Reset() {
 	*x = UpdateContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4441,7 +5123,7 @@ func (x *UpdateContainerResponse) String() string {
 func (*UpdateContainerResponse) ProtoMessage() {}
 
 func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4454,7 +5136,7 @@ func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerResponse.ProtoReflect.Descriptor instead.
 func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{64}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{72}
 }
 
 type WaitOOMRequest struct {
@@ -4467,7 +5149,7 @@ type WaitOOMRequest struct {
 
 func (x *WaitOOMRequest) Reset() {
 	*x = WaitOOMRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4479,7 +5161,7 @@ func (x *WaitOOMRequest) String() string {
 func (*WaitOOMRequest) ProtoMessage() {}
 
 func (x *WaitOOMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4492,7 +5174,7 @@ func (x *WaitOOMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitOOMRequest.ProtoReflect.Descriptor instead.
 func (*WaitOOMRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{65}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *WaitOOMRequest) GetContainerId() string {
@@ -4518,7 +5200,7 @@ type WaitOOMResponse struct {
 
 func (x *WaitOOMResponse) Reset() {
 	*x = WaitOOMResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4530,7 +5212,7 @@ func (x *WaitOOMResponse) String() string {
 func (*WaitOOMResponse) ProtoMessage() {}
 
 func (x *WaitOOMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4543,7 +5225,7 @@ func (x *WaitOOMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitOOMResponse.ProtoReflect.Descriptor instead.
 func (*WaitOOMResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{66}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WaitOOMResponse) GetCount() uint64 {
@@ -4551,6 +5233,128 @@ func (x *WaitOOMResponse) GetCount() uint64 {
 		return x.Count
 	}
 	return 0
+}
+
+// Trace says what the agent spent the time of one call with.
+type Trace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From the call's arrival to its answer.
+	DurationNano  int64   `protobuf:"varint,1,opt,name=duration_nano,json=durationNano,proto3" json:"duration_nano,omitempty"`
+	Spans         []*Span `protobuf:"bytes,2,rep,name=spans,proto3" json:"spans,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Trace) Reset() {
+	*x = Trace{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Trace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Trace) ProtoMessage() {}
+
+func (x *Trace) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Trace.ProtoReflect.Descriptor instead.
+func (*Trace) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *Trace) GetDurationNano() int64 {
+	if x != nil {
+		return x.DurationNano
+	}
+	return 0
+}
+
+func (x *Trace) GetSpans() []*Span {
+	if x != nil {
+		return x.Spans
+	}
+	return nil
+}
+
+type Span struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	StartNano     int64                  `protobuf:"varint,2,opt,name=start_nano,json=startNano,proto3" json:"start_nano,omitempty"` // since the call's arrival
+	DurationNano  int64                  `protobuf:"varint,3,opt,name=duration_nano,json=durationNano,proto3" json:"duration_nano,omitempty"`
+	Thread        string                 `protobuf:"bytes,4,opt,name=thread,proto3" json:"thread,omitempty"` // what goes on beside the main work; empty: that
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Span) Reset() {
+	*x = Span{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Span) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Span) ProtoMessage() {}
+
+func (x *Span) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Span.ProtoReflect.Descriptor instead.
+func (*Span) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *Span) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Span) GetStartNano() int64 {
+	if x != nil {
+		return x.StartNano
+	}
+	return 0
+}
+
+func (x *Span) GetDurationNano() int64 {
+	if x != nil {
+		return x.DurationNano
+	}
+	return 0
+}
+
+func (x *Span) GetThread() string {
+	if x != nil {
+		return x.Thread
+	}
+	return ""
 }
 
 var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -4568,19 +5372,21 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"KIND_STDIN\x10\x02\x12\x0f\n" +
 	"\vKIND_STDOUT\x10\x03\x12\x0f\n" +
-	"\vKIND_STDERR\x10\x04\"\x9c\x01\n" +
+	"\vKIND_STDERR\x10\x04\"\xb2\x01\n" +
 	"\fHelloRequest\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12!\n" +
 	"\fhost_version\x18\x02 \x01(\tR\vhostVersion\x12$\n" +
 	"\x0etime_unix_nano\x18\x03 \x01(\x03R\ftimeUnixNano\x12\x18\n" +
-	"\aentropy\x18\x04 \x01(\fR\aentropy\"\xe1\x01\n" +
+	"\aentropy\x18\x04 \x01(\fR\aentropy\x12\x14\n" +
+	"\x05trace\x182 \x01(\bR\x05trace\"\x8d\x02\n" +
 	"\rHelloResponse\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12#\n" +
 	"\ragent_version\x18\x02 \x01(\tR\fagentVersion\x12%\n" +
 	"\x0ekernel_release\x18\x03 \x01(\tR\rkernelRelease\x12\"\n" +
 	"\farchitecture\x18\x04 \x01(\tR\farchitecture\x12\x12\n" +
 	"\x04cpus\x18\x05 \x01(\rR\x04cpus\x12!\n" +
-	"\fmemory_bytes\x18\x06 \x01(\x03R\vmemoryBytes\"\xd3\x01\n" +
+	"\fmemory_bytes\x18\x06 \x01(\x03R\vmemoryBytes\x12*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"\xe9\x01\n" +
 	"\x17ConfigureSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1a\n" +
@@ -4588,8 +5394,10 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"machine_id\x18\x03 \x01(\tR\tmachineId\x12,\n" +
 	"\x06shares\x18\x04 \x03(\v2\x14.runv.agent.v1.ShareR\x06shares\x120\n" +
-	"\anetwork\x18\x05 \x01(\v2\x16.runv.agent.v1.NetworkR\anetwork\"\x1a\n" +
-	"\x18ConfigureSandboxResponse\"\x0f\n" +
+	"\anetwork\x18\x05 \x01(\v2\x16.runv.agent.v1.NetworkR\anetwork\x12\x14\n" +
+	"\x05trace\x182 \x01(\bR\x05trace\"F\n" +
+	"\x18ConfigureSandboxResponse\x12*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"\x0f\n" +
 	"\rSettleRequest\"*\n" +
 	"\x0eSettleResponse\x12\x18\n" +
 	"\askipped\x18\x01 \x01(\tR\askipped\"d\n" +
@@ -4597,15 +5405,67 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x18\n" +
 	"\aoptions\x18\x03 \x01(\tR\aoptions\x12\x1b\n" +
-	"\tread_only\x18\x04 \x01(\bR\breadOnly\"\x97\x01\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\"\xe1\x01\n" +
 	"\aNetwork\x12/\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x1b.runv.agent.v1.Network.ModeR\x04mode\x12\x1f\n" +
 	"\vmac_address\x18\x02 \x01(\tR\n" +
-	"macAddress\":\n" +
+	"macAddress\x124\n" +
+	"\x06config\x18\x03 \x01(\v2\x1c.runv.agent.v1.NetworkConfigR\x06config\"N\n" +
 	"\x04Mode\x12\x14\n" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tMODE_NONE\x10\x01\x12\r\n" +
-	"\tMODE_DHCP\x10\x02\"\xbf\t\n" +
+	"\tMODE_DHCP\x10\x02\x12\x12\n" +
+	"\x0eMODE_NAMESPACE\x10\x03\"L\n" +
+	"\x14UpdateNetworkRequest\x124\n" +
+	"\x06config\x18\x01 \x01(\v2\x1c.runv.agent.v1.NetworkConfigR\x06config\"\x17\n" +
+	"\x15UpdateNetworkResponse\"\xb8\x01\n" +
+	"\rNetworkConfig\x12?\n" +
+	"\n" +
+	"interfaces\x18\x01 \x03(\v2\x1f.runv.agent.v1.NetworkInterfaceR\n" +
+	"interfaces\x12,\n" +
+	"\x06routes\x18\x02 \x03(\v2\x14.runv.agent.v1.RouteR\x06routes\x128\n" +
+	"\n" +
+	"neighbours\x18\x03 \x03(\v2\x18.runv.agent.v1.NeighbourR\n" +
+	"neighbours\"\xc4\x01\n" +
+	"\x10NetworkInterface\x12\x12\n" +
+	"\x04slot\x18\x01 \x01(\rR\x04slot\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\fR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x04 \x01(\rR\x03mtu\x12\x0e\n" +
+	"\x02up\x18\x05 \x01(\bR\x02up\x12=\n" +
+	"\taddresses\x18\x06 \x03(\v2\x1f.runv.agent.v1.InterfaceAddressR\taddresses\x12\x15\n" +
+	"\x06no_arp\x18\a \x01(\bR\x05noArp\"\xb7\x01\n" +
+	"\x10InterfaceAddress\x12\x0e\n" +
+	"\x02ip\x18\x01 \x01(\fR\x02ip\x12#\n" +
+	"\rprefix_length\x18\x02 \x01(\rR\fprefixLength\x12\x14\n" +
+	"\x05scope\x18\x03 \x01(\rR\x05scope\x12\x1c\n" +
+	"\tbroadcast\x18\x04 \x01(\fR\tbroadcast\x12\x12\n" +
+	"\x04peer\x18\x05 \x01(\fR\x04peer\x12&\n" +
+	"\x0fno_prefix_route\x18\x06 \x01(\bR\rnoPrefixRoute\"\xef\x02\n" +
+	"\x05Route\x12\x12\n" +
+	"\x04ipv6\x18\x01 \x01(\bR\x04ipv6\x12 \n" +
+	"\vdestination\x18\x02 \x01(\fR\vdestination\x12#\n" +
+	"\rprefix_length\x18\x03 \x01(\rR\fprefixLength\x12\x1c\n" +
+	"\tinterface\x18\x04 \x01(\tR\tinterface\x12\x18\n" +
+	"\agateway\x18\x05 \x01(\fR\agateway\x12\x16\n" +
+	"\x06source\x18\x06 \x01(\fR\x06source\x12\x16\n" +
+	"\x06metric\x18\a \x01(\rR\x06metric\x12\x14\n" +
+	"\x05scope\x18\b \x01(\rR\x05scope\x12\x12\n" +
+	"\x04type\x18\t \x01(\rR\x04type\x12\x1a\n" +
+	"\bprotocol\x18\n" +
+	" \x01(\rR\bprotocol\x12\x10\n" +
+	"\x03mtu\x18\v \x01(\rR\x03mtu\x12\x16\n" +
+	"\x06onlink\x18\f \x01(\bR\x06onlink\x123\n" +
+	"\tnext_hops\x18\r \x03(\v2\x16.runv.agent.v1.NextHopR\bnextHops\"q\n" +
+	"\aNextHop\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\fR\agateway\x12\x16\n" +
+	"\x06weight\x18\x03 \x01(\rR\x06weight\x12\x16\n" +
+	"\x06onlink\x18\x04 \x01(\bR\x06onlink\"K\n" +
+	"\tNeighbour\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\fR\x02ip\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\fR\x03mac\"\xd5\t\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12-\n" +
 	"\x06rootfs\x18\x02 \x01(\v2\x15.runv.agent.v1.RootfsR\x06rootfs\x12,\n" +
@@ -4633,15 +5493,17 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05stdio\x18\x12 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\x12*\n" +
 	"\x11guest_resolv_conf\x18\x13 \x01(\bR\x0fguestResolvConf\x12Y\n" +
 	"\ftime_offsets\x18\x14 \x03(\v26.runv.agent.v1.CreateContainerRequest.TimeOffsetsEntryR\vtimeOffsets\x12 \n" +
-	"\vpersonality\x18\x15 \x01(\rR\vpersonality\x1a9\n" +
+	"\vpersonality\x18\x15 \x01(\rR\vpersonality\x12\x14\n" +
+	"\x05trace\x182 \x01(\bR\x05trace\x1a9\n" +
 	"\vSysctlEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aY\n" +
 	"\x10TimeOffsetsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12/\n" +
-	"\x05value\x18\x02 \x01(\v2\x19.runv.agent.v1.TimeOffsetR\x05value:\x028\x01\"+\n" +
+	"\x05value\x18\x02 \x01(\v2\x19.runv.agent.v1.TimeOffsetR\x05value:\x028\x01\"W\n" +
 	"\x17CreateContainerResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\"M\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"M\n" +
 	"\x05Stdio\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\bR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\bR\x06stdout\x12\x16\n" +
@@ -4786,17 +5648,21 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05flags\x18\x04 \x01(\x04R\x05flags\x12\x18\n" +
 	"\aruntime\x18\x05 \x01(\x04R\aruntime\x12\x1a\n" +
 	"\bdeadline\x18\x06 \x01(\x04R\bdeadline\x12\x16\n" +
-	"\x06period\x18\a \x01(\x04R\x06period\":\n" +
+	"\x06period\x18\a \x01(\x04R\x06period\"P\n" +
 	"\x15StartContainerRequest\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"\x18\n" +
-	"\x16StartContainerResponse\"\xa7\x01\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05trace\x182 \x01(\bR\x05trace\"D\n" +
+	"\x16StartContainerResponse\x12*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"\xbd\x01\n" +
 	"\vExecRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x120\n" +
 	"\aprocess\x18\x03 \x01(\v2\x16.runv.agent.v1.ProcessR\aprocess\x12*\n" +
-	"\x05stdio\x18\x04 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\" \n" +
+	"\x05stdio\x18\x04 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\x12\x14\n" +
+	"\x05trace\x182 \x01(\bR\x05trace\"L\n" +
 	"\fExecResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\"P\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"P\n" +
 	"\x12WaitProcessRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\x93\x01\n" +
@@ -4939,10 +5805,20 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\x04R\x05after\"'\n" +
 	"\x0fWaitOOMResponse\x12\x14\n" +
-	"\x05count\x18\x01 \x01(\x04R\x05count2\xe1\v\n" +
+	"\x05count\x18\x01 \x01(\x04R\x05count\"W\n" +
+	"\x05Trace\x12#\n" +
+	"\rduration_nano\x18\x01 \x01(\x03R\fdurationNano\x12)\n" +
+	"\x05spans\x18\x02 \x03(\v2\x13.runv.agent.v1.SpanR\x05spans\"v\n" +
+	"\x04Span\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"start_nano\x18\x02 \x01(\x03R\tstartNano\x12#\n" +
+	"\rduration_nano\x18\x03 \x01(\x03R\fdurationNano\x12\x16\n" +
+	"\x06thread\x18\x04 \x01(\tR\x06thread2\xbd\f\n" +
 	"\x05Agent\x12B\n" +
 	"\x05Hello\x12\x1b.runv.agent.v1.HelloRequest\x1a\x1c.runv.agent.v1.HelloResponse\x12c\n" +
-	"\x10ConfigureSandbox\x12&.runv.agent.v1.ConfigureSandboxRequest\x1a'.runv.agent.v1.ConfigureSandboxResponse\x12E\n" +
+	"\x10ConfigureSandbox\x12&.runv.agent.v1.ConfigureSandboxRequest\x1a'.runv.agent.v1.ConfigureSandboxResponse\x12Z\n" +
+	"\rUpdateNetwork\x12#.runv.agent.v1.UpdateNetworkRequest\x1a$.runv.agent.v1.UpdateNetworkResponse\x12E\n" +
 	"\x06Settle\x12\x1c.runv.agent.v1.SettleRequest\x1a\x1d.runv.agent.v1.SettleResponse\x12`\n" +
 	"\x0fCreateContainer\x12%.runv.agent.v1.CreateContainerRequest\x1a&.runv.agent.v1.CreateContainerResponse\x12]\n" +
 	"\x0eStartContainer\x12$.runv.agent.v1.StartContainerRequest\x1a%.runv.agent.v1.StartContainerResponse\x12?\n" +
@@ -4972,7 +5848,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(StreamHeader_Kind)(0),           // 0: runv.agent.v1.StreamHeader.Kind
 	(Network_Mode)(0),                // 1: runv.agent.v1.Network.Mode
@@ -4986,157 +5862,182 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*SettleResponse)(nil),           // 9: runv.agent.v1.SettleResponse
 	(*Share)(nil),                    // 10: runv.agent.v1.Share
 	(*Network)(nil),                  // 11: runv.agent.v1.Network
-	(*CreateContainerRequest)(nil),   // 12: runv.agent.v1.CreateContainerRequest
-	(*CreateContainerResponse)(nil),  // 13: runv.agent.v1.CreateContainerResponse
-	(*Stdio)(nil),                    // 14: runv.agent.v1.Stdio
-	(*Rootfs)(nil),                   // 15: runv.agent.v1.Rootfs
-	(*Mount)(nil),                    // 16: runv.agent.v1.Mount
-	(*Device)(nil),                   // 17: runv.agent.v1.Device
-	(*Namespace)(nil),                // 18: runv.agent.v1.Namespace
-	(*IDMapping)(nil),                // 19: runv.agent.v1.IDMapping
-	(*Resources)(nil),                // 20: runv.agent.v1.Resources
-	(*DeviceRule)(nil),               // 21: runv.agent.v1.DeviceRule
-	(*TimeOffset)(nil),               // 22: runv.agent.v1.TimeOffset
-	(*Seccomp)(nil),                  // 23: runv.agent.v1.Seccomp
-	(*GuestHooks)(nil),               // 24: runv.agent.v1.GuestHooks
-	(*Hook)(nil),                     // 25: runv.agent.v1.Hook
-	(*HookState)(nil),                // 26: runv.agent.v1.HookState
-	(*Process)(nil),                  // 27: runv.agent.v1.Process
-	(*User)(nil),                     // 28: runv.agent.v1.User
-	(*Capabilities)(nil),             // 29: runv.agent.v1.Capabilities
-	(*Rlimit)(nil),                   // 30: runv.agent.v1.Rlimit
-	(*IOPriority)(nil),               // 31: runv.agent.v1.IOPriority
-	(*Scheduler)(nil),                // 32: runv.agent.v1.Scheduler
-	(*StartContainerRequest)(nil),    // 33: runv.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),   // 34: runv.agent.v1.StartContainerResponse
-	(*ExecRequest)(nil),              // 35: runv.agent.v1.ExecRequest
-	(*ExecResponse)(nil),             // 36: runv.agent.v1.ExecResponse
-	(*WaitProcessRequest)(nil),       // 37: runv.agent.v1.WaitProcessRequest
-	(*WaitProcessResponse)(nil),      // 38: runv.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),     // 39: runv.agent.v1.SignalProcessRequest
-	(*SignalProcessResponse)(nil),    // 40: runv.agent.v1.SignalProcessResponse
-	(*ResizeTerminalRequest)(nil),    // 41: runv.agent.v1.ResizeTerminalRequest
-	(*ResizeTerminalResponse)(nil),   // 42: runv.agent.v1.ResizeTerminalResponse
-	(*ListProcessesRequest)(nil),     // 43: runv.agent.v1.ListProcessesRequest
-	(*ListProcessesResponse)(nil),    // 44: runv.agent.v1.ListProcessesResponse
-	(*ProcessInfo)(nil),              // 45: runv.agent.v1.ProcessInfo
-	(*PauseContainerRequest)(nil),    // 46: runv.agent.v1.PauseContainerRequest
-	(*PauseContainerResponse)(nil),   // 47: runv.agent.v1.PauseContainerResponse
-	(*ResumeContainerRequest)(nil),   // 48: runv.agent.v1.ResumeContainerRequest
-	(*ResumeContainerResponse)(nil),  // 49: runv.agent.v1.ResumeContainerResponse
-	(*DeleteContainerRequest)(nil),   // 50: runv.agent.v1.DeleteContainerRequest
-	(*DeleteContainerResponse)(nil),  // 51: runv.agent.v1.DeleteContainerResponse
-	(*ShutdownRequest)(nil),          // 52: runv.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 53: runv.agent.v1.ShutdownResponse
-	(*StatsContainerRequest)(nil),    // 54: runv.agent.v1.StatsContainerRequest
-	(*StatsContainerResponse)(nil),   // 55: runv.agent.v1.StatsContainerResponse
-	(*ContainerStats)(nil),           // 56: runv.agent.v1.ContainerStats
-	(*CPUStats)(nil),                 // 57: runv.agent.v1.CPUStats
-	(*MemoryStats)(nil),              // 58: runv.agent.v1.MemoryStats
-	(*MemoryEvents)(nil),             // 59: runv.agent.v1.MemoryEvents
-	(*PidsStats)(nil),                // 60: runv.agent.v1.PidsStats
-	(*IOStats)(nil),                  // 61: runv.agent.v1.IOStats
-	(*HugetlbStats)(nil),             // 62: runv.agent.v1.HugetlbStats
-	(*NetworkStats)(nil),             // 63: runv.agent.v1.NetworkStats
-	(*PressureStats)(nil),            // 64: runv.agent.v1.PressureStats
-	(*Pressure)(nil),                 // 65: runv.agent.v1.Pressure
-	(*UpdateContainerRequest)(nil),   // 66: runv.agent.v1.UpdateContainerRequest
-	(*UpdateContainerResponse)(nil),  // 67: runv.agent.v1.UpdateContainerResponse
-	(*WaitOOMRequest)(nil),           // 68: runv.agent.v1.WaitOOMRequest
-	(*WaitOOMResponse)(nil),          // 69: runv.agent.v1.WaitOOMResponse
-	nil,                              // 70: runv.agent.v1.CreateContainerRequest.SysctlEntry
-	nil,                              // 71: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	nil,                              // 72: runv.agent.v1.Resources.UnifiedEntry
-	nil,                              // 73: runv.agent.v1.HookState.AnnotationsEntry
-	nil,                              // 74: runv.agent.v1.MemoryStats.StatEntry
+	(*UpdateNetworkRequest)(nil),     // 12: runv.agent.v1.UpdateNetworkRequest
+	(*UpdateNetworkResponse)(nil),    // 13: runv.agent.v1.UpdateNetworkResponse
+	(*NetworkConfig)(nil),            // 14: runv.agent.v1.NetworkConfig
+	(*NetworkInterface)(nil),         // 15: runv.agent.v1.NetworkInterface
+	(*InterfaceAddress)(nil),         // 16: runv.agent.v1.InterfaceAddress
+	(*Route)(nil),                    // 17: runv.agent.v1.Route
+	(*NextHop)(nil),                  // 18: runv.agent.v1.NextHop
+	(*Neighbour)(nil),                // 19: runv.agent.v1.Neighbour
+	(*CreateContainerRequest)(nil),   // 20: runv.agent.v1.CreateContainerRequest
+	(*CreateContainerResponse)(nil),  // 21: runv.agent.v1.CreateContainerResponse
+	(*Stdio)(nil),                    // 22: runv.agent.v1.Stdio
+	(*Rootfs)(nil),                   // 23: runv.agent.v1.Rootfs
+	(*Mount)(nil),                    // 24: runv.agent.v1.Mount
+	(*Device)(nil),                   // 25: runv.agent.v1.Device
+	(*Namespace)(nil),                // 26: runv.agent.v1.Namespace
+	(*IDMapping)(nil),                // 27: runv.agent.v1.IDMapping
+	(*Resources)(nil),                // 28: runv.agent.v1.Resources
+	(*DeviceRule)(nil),               // 29: runv.agent.v1.DeviceRule
+	(*TimeOffset)(nil),               // 30: runv.agent.v1.TimeOffset
+	(*Seccomp)(nil),                  // 31: runv.agent.v1.Seccomp
+	(*GuestHooks)(nil),               // 32: runv.agent.v1.GuestHooks
+	(*Hook)(nil),                     // 33: runv.agent.v1.Hook
+	(*HookState)(nil),                // 34: runv.agent.v1.HookState
+	(*Process)(nil),                  // 35: runv.agent.v1.Process
+	(*User)(nil),                     // 36: runv.agent.v1.User
+	(*Capabilities)(nil),             // 37: runv.agent.v1.Capabilities
+	(*Rlimit)(nil),                   // 38: runv.agent.v1.Rlimit
+	(*IOPriority)(nil),               // 39: runv.agent.v1.IOPriority
+	(*Scheduler)(nil),                // 40: runv.agent.v1.Scheduler
+	(*StartContainerRequest)(nil),    // 41: runv.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),   // 42: runv.agent.v1.StartContainerResponse
+	(*ExecRequest)(nil),              // 43: runv.agent.v1.ExecRequest
+	(*ExecResponse)(nil),             // 44: runv.agent.v1.ExecResponse
+	(*WaitProcessRequest)(nil),       // 45: runv.agent.v1.WaitProcessRequest
+	(*WaitProcessResponse)(nil),      // 46: runv.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),     // 47: runv.agent.v1.SignalProcessRequest
+	(*SignalProcessResponse)(nil),    // 48: runv.agent.v1.SignalProcessResponse
+	(*ResizeTerminalRequest)(nil),    // 49: runv.agent.v1.ResizeTerminalRequest
+	(*ResizeTerminalResponse)(nil),   // 50: runv.agent.v1.ResizeTerminalResponse
+	(*ListProcessesRequest)(nil),     // 51: runv.agent.v1.ListProcessesRequest
+	(*ListProcessesResponse)(nil),    // 52: runv.agent.v1.ListProcessesResponse
+	(*ProcessInfo)(nil),              // 53: runv.agent.v1.ProcessInfo
+	(*PauseContainerRequest)(nil),    // 54: runv.agent.v1.PauseContainerRequest
+	(*PauseContainerResponse)(nil),   // 55: runv.agent.v1.PauseContainerResponse
+	(*ResumeContainerRequest)(nil),   // 56: runv.agent.v1.ResumeContainerRequest
+	(*ResumeContainerResponse)(nil),  // 57: runv.agent.v1.ResumeContainerResponse
+	(*DeleteContainerRequest)(nil),   // 58: runv.agent.v1.DeleteContainerRequest
+	(*DeleteContainerResponse)(nil),  // 59: runv.agent.v1.DeleteContainerResponse
+	(*ShutdownRequest)(nil),          // 60: runv.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 61: runv.agent.v1.ShutdownResponse
+	(*StatsContainerRequest)(nil),    // 62: runv.agent.v1.StatsContainerRequest
+	(*StatsContainerResponse)(nil),   // 63: runv.agent.v1.StatsContainerResponse
+	(*ContainerStats)(nil),           // 64: runv.agent.v1.ContainerStats
+	(*CPUStats)(nil),                 // 65: runv.agent.v1.CPUStats
+	(*MemoryStats)(nil),              // 66: runv.agent.v1.MemoryStats
+	(*MemoryEvents)(nil),             // 67: runv.agent.v1.MemoryEvents
+	(*PidsStats)(nil),                // 68: runv.agent.v1.PidsStats
+	(*IOStats)(nil),                  // 69: runv.agent.v1.IOStats
+	(*HugetlbStats)(nil),             // 70: runv.agent.v1.HugetlbStats
+	(*NetworkStats)(nil),             // 71: runv.agent.v1.NetworkStats
+	(*PressureStats)(nil),            // 72: runv.agent.v1.PressureStats
+	(*Pressure)(nil),                 // 73: runv.agent.v1.Pressure
+	(*UpdateContainerRequest)(nil),   // 74: runv.agent.v1.UpdateContainerRequest
+	(*UpdateContainerResponse)(nil),  // 75: runv.agent.v1.UpdateContainerResponse
+	(*WaitOOMRequest)(nil),           // 76: runv.agent.v1.WaitOOMRequest
+	(*WaitOOMResponse)(nil),          // 77: runv.agent.v1.WaitOOMResponse
+	(*Trace)(nil),                    // 78: runv.agent.v1.Trace
+	(*Span)(nil),                     // 79: runv.agent.v1.Span
+	nil,                              // 80: runv.agent.v1.CreateContainerRequest.SysctlEntry
+	nil,                              // 81: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	nil,                              // 82: runv.agent.v1.Resources.UnifiedEntry
+	nil,                              // 83: runv.agent.v1.HookState.AnnotationsEntry
+	nil,                              // 84: runv.agent.v1.MemoryStats.StatEntry
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: runv.agent.v1.StreamHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
-	10, // 1: runv.agent.v1.ConfigureSandboxRequest.shares:type_name -> runv.agent.v1.Share
-	11, // 2: runv.agent.v1.ConfigureSandboxRequest.network:type_name -> runv.agent.v1.Network
-	1,  // 3: runv.agent.v1.Network.mode:type_name -> runv.agent.v1.Network.Mode
-	15, // 4: runv.agent.v1.CreateContainerRequest.rootfs:type_name -> runv.agent.v1.Rootfs
-	16, // 5: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
-	17, // 6: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
-	18, // 7: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
-	19, // 8: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
-	19, // 9: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
-	70, // 10: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
-	20, // 11: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	23, // 12: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
-	24, // 13: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
-	26, // 14: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
-	27, // 15: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
-	14, // 16: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
-	71, // 17: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	2,  // 18: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
-	72, // 19: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
-	21, // 20: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
-	25, // 21: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
-	25, // 22: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
-	73, // 23: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
-	28, // 24: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
-	29, // 25: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
-	30, // 26: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
-	31, // 27: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
-	32, // 28: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
-	27, // 29: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	14, // 30: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	45, // 31: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	56, // 32: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
-	57, // 33: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
-	58, // 34: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
-	60, // 35: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
-	61, // 36: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
-	62, // 37: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
-	63, // 38: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
-	64, // 39: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
-	74, // 40: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
-	59, // 41: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
-	64, // 42: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
-	65, // 43: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
-	65, // 44: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
-	20, // 45: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	22, // 46: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
-	4,  // 47: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 48: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	8,  // 49: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
-	12, // 50: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	33, // 51: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	35, // 52: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	37, // 53: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	39, // 54: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	41, // 55: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	43, // 56: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	46, // 57: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	48, // 58: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	50, // 59: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	54, // 60: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
-	66, // 61: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
-	68, // 62: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
-	52, // 63: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 64: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 65: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	9,  // 66: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
-	13, // 67: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	34, // 68: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	36, // 69: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	38, // 70: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	40, // 71: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	42, // 72: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	44, // 73: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	47, // 74: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	49, // 75: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	51, // 76: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	55, // 77: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
-	67, // 78: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
-	69, // 79: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
-	53, // 80: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	64, // [64:81] is the sub-list for method output_type
-	47, // [47:64] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	78, // 1: runv.agent.v1.HelloResponse.trace:type_name -> runv.agent.v1.Trace
+	10, // 2: runv.agent.v1.ConfigureSandboxRequest.shares:type_name -> runv.agent.v1.Share
+	11, // 3: runv.agent.v1.ConfigureSandboxRequest.network:type_name -> runv.agent.v1.Network
+	78, // 4: runv.agent.v1.ConfigureSandboxResponse.trace:type_name -> runv.agent.v1.Trace
+	1,  // 5: runv.agent.v1.Network.mode:type_name -> runv.agent.v1.Network.Mode
+	14, // 6: runv.agent.v1.Network.config:type_name -> runv.agent.v1.NetworkConfig
+	14, // 7: runv.agent.v1.UpdateNetworkRequest.config:type_name -> runv.agent.v1.NetworkConfig
+	15, // 8: runv.agent.v1.NetworkConfig.interfaces:type_name -> runv.agent.v1.NetworkInterface
+	17, // 9: runv.agent.v1.NetworkConfig.routes:type_name -> runv.agent.v1.Route
+	19, // 10: runv.agent.v1.NetworkConfig.neighbours:type_name -> runv.agent.v1.Neighbour
+	16, // 11: runv.agent.v1.NetworkInterface.addresses:type_name -> runv.agent.v1.InterfaceAddress
+	18, // 12: runv.agent.v1.Route.next_hops:type_name -> runv.agent.v1.NextHop
+	23, // 13: runv.agent.v1.CreateContainerRequest.rootfs:type_name -> runv.agent.v1.Rootfs
+	24, // 14: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
+	25, // 15: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
+	26, // 16: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
+	27, // 17: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
+	27, // 18: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
+	80, // 19: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
+	28, // 20: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	31, // 21: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
+	32, // 22: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
+	34, // 23: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
+	35, // 24: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
+	22, // 25: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
+	81, // 26: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	78, // 27: runv.agent.v1.CreateContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	2,  // 28: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
+	82, // 29: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
+	29, // 30: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
+	33, // 31: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
+	33, // 32: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
+	83, // 33: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
+	36, // 34: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
+	37, // 35: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
+	38, // 36: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
+	39, // 37: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
+	40, // 38: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
+	78, // 39: runv.agent.v1.StartContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	35, // 40: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	22, // 41: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	78, // 42: runv.agent.v1.ExecResponse.trace:type_name -> runv.agent.v1.Trace
+	53, // 43: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	64, // 44: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
+	65, // 45: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
+	66, // 46: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
+	68, // 47: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
+	69, // 48: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
+	70, // 49: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
+	71, // 50: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
+	72, // 51: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
+	84, // 52: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
+	67, // 53: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
+	72, // 54: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
+	73, // 55: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
+	73, // 56: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
+	28, // 57: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	79, // 58: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
+	30, // 59: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 60: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 61: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	12, // 62: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
+	8,  // 63: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
+	20, // 64: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	41, // 65: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	43, // 66: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	45, // 67: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	47, // 68: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	49, // 69: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	51, // 70: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	54, // 71: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	56, // 72: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	58, // 73: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	62, // 74: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
+	74, // 75: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
+	76, // 76: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
+	60, // 77: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 78: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 79: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	13, // 80: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
+	9,  // 81: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
+	21, // 82: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	42, // 83: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	44, // 84: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	46, // 85: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	48, // 86: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	50, // 87: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	52, // 88: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	55, // 89: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	57, // 90: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	59, // 91: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	63, // 92: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
+	75, // 93: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
+	77, // 94: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
+	61, // 95: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	78, // [78:96] is the sub-list for method output_type
+	60, // [60:78] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -5144,18 +6045,18 @@ func file_api_agent_v1_agent_proto_init() {
 	if File_api_agent_v1_agent_proto != nil {
 		return
 	}
-	file_api_agent_v1_agent_proto_msgTypes[24].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[25].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[55].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[57].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[59].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[32].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[33].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[63].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[65].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[67].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   72,
+			NumMessages:   82,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -10,6 +10,7 @@ import (
 type AgentService interface {
 	Hello(context.Context, *HelloRequest) (*HelloResponse, error)
 	ConfigureSandbox(context.Context, *ConfigureSandboxRequest) (*ConfigureSandboxResponse, error)
+	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*UpdateNetworkResponse, error)
 	Settle(context.Context, *SettleRequest) (*SettleResponse, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*CreateContainerResponse, error)
 	StartContainer(context.Context, *StartContainerRequest) (*StartContainerResponse, error)
@@ -43,6 +44,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.ConfigureSandbox(ctx, &req)
+			},
+			"UpdateNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UpdateNetworkRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.UpdateNetwork(ctx, &req)
 			},
 			"Settle": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SettleRequest
@@ -174,6 +182,14 @@ func (c *agentClient) Hello(ctx context.Context, req *HelloRequest) (*HelloRespo
 func (c *agentClient) ConfigureSandbox(ctx context.Context, req *ConfigureSandboxRequest) (*ConfigureSandboxResponse, error) {
 	var resp ConfigureSandboxResponse
 	if err := c.client.Call(ctx, "runv.agent.v1.Agent", "ConfigureSandbox", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) UpdateNetwork(ctx context.Context, req *UpdateNetworkRequest) (*UpdateNetworkResponse, error) {
+	var resp UpdateNetworkResponse
+	if err := c.client.Call(ctx, "runv.agent.v1.Agent", "UpdateNetwork", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
