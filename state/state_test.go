@@ -61,7 +61,7 @@ func fill(t *testing.T, v reflect.Value, path string) {
 		v.SetString("value-of-" + path)
 	case reflect.Int, reflect.Int64:
 		v.SetInt(7)
-	case reflect.Uint64, reflect.Uint32:
+	case reflect.Uint64, reflect.Uint32, reflect.Uint16:
 		v.SetUint(9)
 	case reflect.Bool:
 		v.SetBool(true)
