@@ -37,6 +37,7 @@ type fakeSystem struct {
 	machine  string
 	mounted  []string
 	dhcp     int
+	mac      net.HardwareAddr
 	syncs    int
 	settled  int
 	trials   int    // that are not undone
@@ -77,8 +78,10 @@ func (f *fakeSystem) SetHostname(s string) error {
 }
 
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
-func (f *fakeSystem) DHCP(context.Context) error  { return f.call("dhcp", func() { f.dhcp++ }) }
-func (f *fakeSystem) HideCards() error            { return f.call("hide", func() {}) }
+func (f *fakeSystem) DHCP(_ context.Context, mac net.HardwareAddr) error {
+	return f.call("dhcp", func() { f.dhcp++; f.mac = mac })
+}
+func (f *fakeSystem) HideCards() error { return f.call("hide", func() {}) }
 func (f *fakeSystem) Interfaces() ([]*agentv1.NetworkStats, error) {
 	return []*agentv1.NetworkStats{{Name: "eth0", RxBytes: 7}}, nil
 }
@@ -372,13 +375,17 @@ func TestConfigure(t *testing.T) {
 		{SandboxId: "x", Shares: []*agentv1.Share{{Tag: "../x", Type: "9p"}}},
 		{SandboxId: "x", Shares: []*agentv1.Share{{Tag: "x", Type: "nfs"}}},
 		{SandboxId: "x", Network: &agentv1.Network{Mode: 77}},
+		{SandboxId: "x", Network: &agentv1.Network{MacAddress: "02:00:00:00:00"}},
+		{SandboxId: "x", Network: &agentv1.Network{MacAddress: "00:00:00:00:00:00"}},
+		{SandboxId: "x", Network: &agentv1.Network{MacAddress: "03:00:00:00:00:01"}},
+		{SandboxId: "x", Network: &agentv1.Network{MacAddress: "02:00:00:00:00:00:00:01"}},
 	} {
 		_, err := f.ConfigureSandbox(f.ctx, bad)
 		wantCode(t, bad.String(), err, codes.InvalidArgument, "")
 	}
 	req := &agentv1.ConfigureSandboxRequest{
 		SandboxId: "pod", Shares: []*agentv1.Share{{Tag: "a", Type: "9p"}, {Tag: "b", Type: "virtiofs"}},
-		Network: &agentv1.Network{Mode: agentv1.Network_MODE_DHCP},
+		Network: &agentv1.Network{Mode: agentv1.Network_MODE_DHCP, MacAddress: "02:00:00:00:00:01"},
 	}
 	for _, what := range []string{"mount b", "dhcp", "hostname"} {
 		f.system.fail = what
@@ -392,7 +399,7 @@ func TestConfigure(t *testing.T) {
 	if _, err = f.ConfigureSandbox(f.ctx, req); err != nil {
 		t.Fatal(err)
 	}
-	if f.system.hostname != "pod" || len(f.system.mounted) != 2 || f.system.dhcp != 1 {
+	if f.system.hostname != "pod" || len(f.system.mounted) != 2 || f.system.dhcp != 1 || f.system.mac.String() != "02:00:00:00:00:01" {
 		t.Errorf("%+v", f.system)
 	}
 	_, err = f.ConfigureSandbox(f.ctx, req)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"net"
 	"os"
 	"syscall"
 	"time"
@@ -92,8 +93,9 @@ type System interface {
 	SetMachineID(id string) error
 	// MountShare mounts a share below agentv1.ShareDir; undo unmounts it.
 	MountShare(s *agentv1.Share) (undo func(), err error)
-	// DHCP configures the first network card.
-	DHCP(ctx context.Context) error
+	// DHCP gives the first network card the hardware address mac, unless that is
+	// nil, and configures it.
+	DHCP(ctx context.Context, mac net.HardwareAddr) error
 	// HideCards leaves the guest with loopback only.
 	HideCards() error
 	// Processes describes those of the pids that still exist.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -54,9 +56,35 @@ func linkUp(name string) error {
 	return nil
 }
 
+// cardAddress reads the hardware address that a card is to have; empty is nil,
+// its own. All zero, and groups, are no address of one station.
+func cardAddress(s string) (net.HardwareAddr, error) {
+	if s == "" {
+		return nil, nil
+	}
+	mac, err := net.ParseMAC(s)
+	if err != nil || len(mac) != macLen || mac[0]&1 != 0 || !slices.ContainsFunc(mac, func(b byte) bool { return b != 0 }) {
+		return nil, fmt.Errorf("%q is not the address of one Ethernet card", s)
+	}
+	return mac, nil
+}
+
+// setAddress gives a card, which is not up, a hardware address.
+func setAddress(card netlink.Link, mac net.HardwareAddr) error {
+	a := card.Attrs()
+	if len(mac) == 0 || bytes.Equal(a.HardwareAddr, mac) {
+		return nil
+	}
+	if err := netlink.LinkSetHardwareAddr(card, mac); err != nil {
+		return fmt.Errorf("set hardware address %s: %w", mac, err)
+	}
+	a.HardwareAddr = mac
+	return nil
+}
+
 // DHCP implements System. The lease is not renewed: its server is the
 // hypervisor's own, which gives an address to one guest and never takes it back.
-func (g *Guest) DHCP(ctx context.Context) error {
+func (g *Guest) DHCP(ctx context.Context, mac net.HardwareAddr) error {
 	// The driver takes its cards before it is loaded.
 	if err := g.modules.load(cardDriver); err != nil && !errors.Is(err, errNoModule) {
 		return err
@@ -70,6 +98,9 @@ func (g *Guest) DHCP(ctx context.Context) error {
 		return err
 	}
 	name := card.Attrs().Name
+	if err := setAddress(card, mac); err != nil {
+		return fmt.Errorf("card %s: %w", name, err)
+	}
 	// Duplicate address detection holds IPv6 link-local addresses back for a
 	// second, and on the wire there is only the hypervisor.
 	dad := filepath.Join("/proc/sys/net/ipv6/conf", name, "accept_dad")

@@ -77,7 +77,9 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		undo = append(undo, f)
 	}
 	if req.Network.GetMode() == agentv1.Network_MODE_DHCP {
-		if err := a.system.DHCP(ctx); err != nil {
+		// checkSandbox has read it.
+		mac, _ := cardAddress(req.Network.GetMacAddress())
+		if err := a.system.DHCP(ctx, mac); err != nil {
 			return fmt.Errorf("configure network by dhcp: %w", err)
 		}
 	} else if err := a.system.HideCards(); err != nil {
@@ -114,6 +116,9 @@ func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
 	case agentv1.Network_MODE_UNSPECIFIED, agentv1.Network_MODE_NONE, agentv1.Network_MODE_DHCP:
 	default:
 		return invalid(fmt.Sprintf("network.mode is %d", m))
+	}
+	if _, err := cardAddress(req.Network.GetMacAddress()); err != nil {
+		return invalid(fmt.Sprintf("network.mac_address: %v", err))
 	}
 	return nil
 }

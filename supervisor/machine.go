@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -107,6 +108,8 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	}
 	if vm.Network == "user" {
 		sandbox.Network.Mode = agentv1.Network_MODE_DHCP
+		// A clone's card begins with the address of the template's.
+		sandbox.Network.MacAddress = cfg.NICs[0].MAC.String()
 	}
 	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
 		return nil, err
@@ -149,7 +152,7 @@ func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Co
 	switch vm.Network {
 	case "", "none":
 	case "user":
-		c.NICs = []hypervisor.NIC{{User: true}}
+		c.NICs = []hypervisor.NIC{{MAC: randomMAC(), User: true}}
 	default:
 		return c, status.Errorf(codes.InvalidArgument, "vm.network is %q, want \"none\" or \"user\"", vm.Network)
 	}
@@ -162,6 +165,14 @@ func randomCID() uint32 {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails, see its documentation
 	return binary.LittleEndian.Uint32(b[:])&^(1<<31) | 1<<30
+}
+
+// randomMAC is a locally administered address of one station.
+func randomMAC() net.HardwareAddr {
+	mac := make(net.HardwareAddr, 6)
+	_, _ = rand.Read(mac) // never fails, see its documentation
+	mac[0] = mac[0]&^1 | 2
+	return mac
 }
 
 // Explain says what befell a VM, if err is a consequence of that, and adds the
