@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 // maxShares bounds the shares of a sandbox.
@@ -47,9 +48,17 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 	if configured {
 		return errConfigured
 	}
+	// One phase after the other.
+	end := trace.Begin(ctx, "wait for modules")
+	phase := func(name string) {
+		end()
+		end = trace.Begin(ctx, name)
+	}
+	defer func() { end() }()
 	if err := a.system.Ready(ctx); err != nil {
 		return err
 	}
+	phase("names")
 	var undo []func()
 	defer func() {
 		if err != nil {
@@ -69,6 +78,7 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 	if err := a.system.SetMachineID(req.MachineId); err != nil {
 		return fmt.Errorf("set machine id: %w", err)
 	}
+	phase("mount shares")
 	for _, s := range req.Shares {
 		f, err := a.system.MountShare(s)
 		if err != nil {
@@ -76,6 +86,7 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		}
 		undo = append(undo, f)
 	}
+	phase("network")
 	if req.Network.GetMode() == agentv1.Network_MODE_DHCP {
 		// checkSandbox has read it.
 		mac, _ := cardAddress(req.Network.GetMacAddress())

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 const (
@@ -100,14 +101,17 @@ func toStatus(err error) error {
 	return status.Error(code, msg)
 }
 
-func (s *service) Hello(_ context.Context, req *agentv1.HelloRequest) (*agentv1.HelloResponse, error) {
+func (s *service) Hello(ctx context.Context, req *agentv1.HelloRequest) (*agentv1.HelloResponse, error) {
 	if n := len(req.Entropy); n < minEntropy || n > maxEntropy {
 		return nil, invalid(fmt.Sprintf("entropy has %d bytes, want %d to %d", n, minEntropy, maxEntropy))
 	}
 	if req.TimeUnixNano <= 0 {
 		return nil, invalid(fmt.Sprintf("time_unix_nano is %d, want a time after 1970", req.TimeUnixNano))
 	}
+	ctx, spans := traced(ctx, req.Trace)
+	end := trace.Begin(ctx, "describe the guest")
 	resp, err := s.agent.system.Info()
+	end()
 	if err != nil {
 		return nil, err
 	}
@@ -116,18 +120,27 @@ func (s *service) Hello(_ context.Context, req *agentv1.HelloRequest) (*agentv1.
 		// The host reads both versions and refuses; nothing else is answered.
 		return resp, nil
 	}
-	if err := s.agent.system.SetClock(time.Unix(0, req.TimeUnixNano)); err != nil {
+	end = trace.Begin(ctx, "set the clock")
+	err = s.agent.system.SetClock(time.Unix(0, req.TimeUnixNano))
+	end()
+	if err != nil {
 		return nil, fmt.Errorf("set clock: %w", err)
 	}
-	if err := s.agent.system.AddEntropy(req.Entropy); err != nil {
+	end = trace.Begin(ctx, "seed the generator of random numbers")
+	err = s.agent.system.AddEntropy(req.Entropy)
+	end()
+	if err != nil {
 		return nil, fmt.Errorf("add entropy: %w", err)
 	}
 	s.hello.Store(true)
+	resp.Trace = spans()
 	return resp, nil
 }
 
 func (s *service) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSandboxRequest) (*agentv1.ConfigureSandboxResponse, error) {
-	return &agentv1.ConfigureSandboxResponse{}, s.agent.configure(ctx, req)
+	ctx, spans := traced(ctx, req.Trace)
+	err := s.agent.configure(ctx, req)
+	return &agentv1.ConfigureSandboxResponse{Trace: spans()}, err
 }
 
 func (s *service) UpdateNetwork(_ context.Context, req *agentv1.UpdateNetworkRequest) (*agentv1.UpdateNetworkResponse, error) {
@@ -143,23 +156,27 @@ func (s *service) Settle(ctx context.Context, _ *agentv1.SettleRequest) (*agentv
 }
 
 func (s *service) CreateContainer(ctx context.Context, req *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {
+	ctx, spans := traced(ctx, req.Trace)
 	pid, err := s.agent.create(ctx, req)
 	if err != nil {
 		return nil, err
 	}
-	return &agentv1.CreateContainerResponse{Pid: pid}, nil
+	return &agentv1.CreateContainerResponse{Pid: pid, Trace: spans()}, nil
 }
 
 func (s *service) StartContainer(ctx context.Context, req *agentv1.StartContainerRequest) (*agentv1.StartContainerResponse, error) {
-	return &agentv1.StartContainerResponse{}, s.agent.start(ctx, req.ContainerId)
+	ctx, spans := traced(ctx, req.Trace)
+	err := s.agent.start(ctx, req.ContainerId)
+	return &agentv1.StartContainerResponse{Trace: spans()}, err
 }
 
 func (s *service) Exec(ctx context.Context, req *agentv1.ExecRequest) (*agentv1.ExecResponse, error) {
+	ctx, spans := traced(ctx, req.Trace)
 	pid, err := s.agent.exec(ctx, req)
 	if err != nil {
 		return nil, err
 	}
-	return &agentv1.ExecResponse{Pid: pid}, nil
+	return &agentv1.ExecResponse{Pid: pid, Trace: spans()}, nil
 }
 
 func (s *service) WaitProcess(ctx context.Context, req *agentv1.WaitProcessRequest) (*agentv1.WaitProcessResponse, error) {

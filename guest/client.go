@@ -277,7 +277,10 @@ func (c *Client) violated(format string, args ...any) error {
 
 // Hello implements agentv1.AgentService. Connect has called it already.
 func (c *Client) Hello(ctx context.Context, req *agentv1.HelloRequest) (*agentv1.HelloResponse, error) {
+	want, done := tracing(ctx, "hello")
+	req.Trace = want
 	resp, err := call(ctx, c, "hello", c.agent.Hello, req)
+	done(resp)
 	if err != nil {
 		return nil, err
 	}
@@ -290,7 +293,11 @@ func (c *Client) Hello(ctx context.Context, req *agentv1.HelloRequest) (*agentv1
 
 // ConfigureSandbox implements agentv1.AgentService.
 func (c *Client) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSandboxRequest) (*agentv1.ConfigureSandboxResponse, error) {
-	return call(ctx, c, "configure sandbox", c.agent.ConfigureSandbox, req)
+	want, done := tracing(ctx, "configure sandbox")
+	req.Trace = want
+	resp, err := call(ctx, c, "configure sandbox", c.agent.ConfigureSandbox, req)
+	done(resp)
+	return resp, err
 }
 
 // UpdateNetwork implements agentv1.AgentService.
@@ -309,17 +316,29 @@ func (c *Client) Settle(ctx context.Context, req *agentv1.SettleRequest) (*agent
 
 // CreateContainer implements agentv1.AgentService.
 func (c *Client) CreateContainer(ctx context.Context, req *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {
-	return call(ctx, c, "create container", c.agent.CreateContainer, req)
+	want, done := tracing(ctx, "create container")
+	req.Trace = want
+	resp, err := call(ctx, c, "create container", c.agent.CreateContainer, req)
+	done(resp)
+	return resp, err
 }
 
 // StartContainer implements agentv1.AgentService.
 func (c *Client) StartContainer(ctx context.Context, req *agentv1.StartContainerRequest) (*agentv1.StartContainerResponse, error) {
-	return call(ctx, c, "start container", c.agent.StartContainer, req)
+	want, done := tracing(ctx, "start container")
+	req.Trace = want
+	resp, err := call(ctx, c, "start container", c.agent.StartContainer, req)
+	done(resp)
+	return resp, err
 }
 
 // Exec implements agentv1.AgentService.
 func (c *Client) Exec(ctx context.Context, req *agentv1.ExecRequest) (*agentv1.ExecResponse, error) {
-	return call(ctx, c, "exec", c.agent.Exec, req)
+	want, done := tracing(ctx, "exec")
+	req.Trace = want
+	resp, err := call(ctx, c, "exec", c.agent.Exec, req)
+	done(resp)
+	return resp, err
 }
 
 // WaitProcess implements agentv1.AgentService.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hyperhq/runv/agent/spawn"
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 // inputs is all that the construction of a container takes from the agent's
@@ -91,7 +92,9 @@ func buildLocal(ctx context.Context, in *inputs) (_ *localBuild, err error) {
 	}()
 	b := &builder{in: in, plan: planNamespaces(in.req)}
 	defer func() { _ = b.open.close() }()
+	end := trace.Begin(ctx, "build")
 	err = l.thread.do(func() error { return b.build(ctx, l) })
+	end()
 	if err != nil {
 		return nil, err
 	}
@@ -104,13 +107,17 @@ func buildLocal(ctx context.Context, in *inputs) (_ *localBuild, err error) {
 
 func (l *localBuild) start(ctx context.Context) error {
 	if l.thread != nil {
+		end := trace.Begin(ctx, "startContainer hooks")
 		err := l.thread.do(func() error {
 			return runHooks(ctx, "startContainer", l.in.req.GetHooks().GetStartContainer(), l.in, "created", nil)
 		})
+		end()
 		if err != nil {
 			return err
 		}
 	}
+	// Its user, capabilities, seccomp filter and execve.
+	defer trace.Begin(ctx, "exec")()
 	if err := l.child.Release(); err != nil {
 		return processError(err, l.in.req.GetProcess())
 	}
@@ -139,17 +146,26 @@ func (l *localBuild) close() {
 func (b *builder) build(ctx context.Context, l *localBuild) error {
 	req := b.in.req
 	b.l = l
+	// One phase after the other.
+	end := trace.Begin(ctx, "namespaces")
+	phase := func(name string) {
+		end()
+		end = trace.Begin(ctx, name)
+	}
+	defer func() { end() }()
 	if err := b.namespaces(); err != nil {
 		return err
 	}
 	if err := b.identity(); err != nil {
 		return err
 	}
+	phase("first process")
 	p := &preparation{process: req.GetProcess(), stdio: b.in.stdio, seccomp: req.GetSeccomp(), proc: b.in.proc, unlimited: b.in.sibling}
 	defer p.close()
 	if err := b.firstProcess(p); err != nil {
 		return err
 	}
+	phase("mounts")
 	if err := b.attachRoot(); err != nil {
 		return err
 	}
@@ -159,9 +175,11 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 			return fmt.Errorf("mounts[%d]: mount %q at %q: %w", i, mountName(m), m.GetDestination(), err)
 		}
 	}
+	phase("devices")
 	if err := b.devices(); err != nil {
 		return err
 	}
+	phase("other files")
 	if err := b.resolvConf(); err != nil {
 		return fmt.Errorf("mount resolv.conf of the guest: %w", err)
 	}
@@ -169,10 +187,12 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 		return err
 	}
 	if hooks := req.GetHooks().GetCreateContainer(); len(hooks) > 0 {
+		phase("createContainer hooks")
 		if err := b.createHooks(ctx, hooks); err != nil {
 			return err
 		}
 	}
+	phase("masked and read-only paths")
 	for _, p := range req.GetReadonlyPaths() {
 		if err := b.readonlyPath(p); err != nil {
 			return fmt.Errorf("readonly_paths: %q: %w", p, err)
@@ -203,6 +223,7 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 			return fmt.Errorf("rootfs: %w", err)
 		}
 	}
+	phase("pivot")
 	if err := b.pivot(); err != nil {
 		return fmt.Errorf("rootfs: change the root: %w", err)
 	}
@@ -214,6 +235,7 @@ func (b *builder) build(ctx context.Context, l *localBuild) error {
 		return fmt.Errorf("rootfs: %w", err)
 	}
 	l.rootFD = root
+	phase("init process")
 	if err := b.finish(p); err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/hyperhq/runv/agent/spawn"
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 // Create builds the container; its init process waits for Start. If it fails,
@@ -39,6 +40,8 @@ func (c *Container) Create(ctx context.Context, stdio Stdio) (_ *Process, err er
 		c.mu.Unlock()
 	}()
 
+	endCgroup := trace.Begin(ctx, "cgroup")
+	defer endCgroup()
 	cg, err := newCgroup(c.env.CgroupRoot, c.id)
 	if err != nil {
 		return nil, err
@@ -55,10 +58,13 @@ func (c *Container) Create(ctx context.Context, stdio Stdio) (_ *Process, err er
 	if err := c.limit(cg, ids, user); err != nil {
 		return nil, err
 	}
+	endCgroup()
 	if err := chownStdio(stdio, c.req.GetProcess(), ids); err != nil {
 		return nil, err
 	}
+	endInputs := trace.Begin(ctx, "open what it is made of")
 	in, err := c.inputs(stdio, ids, user)
+	endInputs()
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hyperhq/runv/agent/spawn"
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 // Exec starts a further process and returns when its program is executed. In a
@@ -47,7 +48,10 @@ func (c *Container) Exec(ctx context.Context, p *agentv1.Process, stdio Stdio) (
 	}}
 	t := newThread()
 	defer t.close()
-	if err := t.do(x.run); err != nil {
+	end := trace.Begin(ctx, "start process")
+	err = t.do(func() error { return x.run(ctx) })
+	end()
+	if err != nil {
 		return nil, err
 	}
 	return x.process, nil
@@ -63,8 +67,10 @@ type execution struct {
 }
 
 // run runs on a thread of its own.
-func (x *execution) run() error {
+func (x *execution) run(ctx context.Context) error {
 	defer x.prep.close()
+	end := trace.Begin(ctx, "join namespaces")
+	defer func() { end() }()
 	if err := setPersonality(x.c.req.GetPersonality()); err != nil {
 		return err
 	}
@@ -74,6 +80,8 @@ func (x *execution) run() error {
 		}
 		return err
 	}
+	end()
+	end = trace.Begin(ctx, "look up program and user")
 	root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
@@ -100,7 +108,11 @@ func (x *execution) run() error {
 			spec.Setns = append(spec.Setns, ns)
 		}
 	}
+	end()
+	end = trace.Begin(ctx, "fork")
 	child, err := x.start(spec)
+	end()
+	end = trace.Begin(ctx, "exec")
 	if err == nil {
 		err = child.ExecError()
 		child.Close()
