@@ -679,6 +679,7 @@ type StandbyReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         StandbyReport_State    `protobuf:"varint,1,opt,name=state,proto3,enum=runv.supervisor.v1.StandbyReport_State" json:"state,omitempty"`
 	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	Vm            *StandIn               `protobuf:"bytes,3,opt,name=vm,proto3" json:"vm,omitempty"` // its hypervisor, with READY
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -725,6 +726,13 @@ func (x *StandbyReport) GetMessage() string {
 		return x.Message
 	}
 	return ""
+}
+
+func (x *StandbyReport) GetVm() *StandIn {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
 }
 
 var File_api_supervisor_v1_factory_proto protoreflect.FileDescriptor
@@ -779,10 +787,11 @@ const file_api_supervisor_v1_factory_proto_rawDesc = "" +
 	"\fStandbyOrder\x12\x10\n" +
 	"\x03dir\x18\x01 \x01(\tR\x03dir\x12&\n" +
 	"\x02vm\x18\x02 \x01(\v2\x16.runv.supervisor.v1.VMR\x02vm\x12\x14\n" +
-	"\x05debug\x18\x03 \x01(\bR\x05debug\"\xac\x01\n" +
+	"\x05debug\x18\x03 \x01(\bR\x05debug\"\xd9\x01\n" +
 	"\rStandbyReport\x12=\n" +
 	"\x05state\x18\x01 \x01(\x0e2'.runv.supervisor.v1.StandbyReport.StateR\x05state\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"B\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12+\n" +
+	"\x02vm\x18\x03 \x01(\v2\x1b.runv.supervisor.v1.StandInR\x02vm\"B\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\t\n" +
 	"\x05READY\x10\x01\x12\n" +
@@ -829,11 +838,12 @@ var file_api_supervisor_v1_factory_proto_depIdxs = []int32{
 	11, // 7: runv.supervisor.v1.FactoryEntry.supervisors:type_name -> runv.supervisor.v1.StandIn
 	10, // 8: runv.supervisor.v1.StandbyOrder.vm:type_name -> runv.supervisor.v1.VM
 	0,  // 9: runv.supervisor.v1.StandbyReport.state:type_name -> runv.supervisor.v1.StandbyReport.State
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	11, // 10: runv.supervisor.v1.StandbyReport.vm:type_name -> runv.supervisor.v1.StandIn
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_api_supervisor_v1_factory_proto_init() }
