@@ -15,6 +15,9 @@ import (
 // CgroupRoot is the cgroup that containers' cgroups are made in.
 const CgroupRoot = "/sys/fs/cgroup"
 
+// MemoryDir is where the memory that containers share is mounted.
+const MemoryDir = "/run/runv/memory"
+
 // ResolvConf is the guest's resolv.conf.
 const ResolvConf = "/run/runv/resolv.conf"
 

@@ -34,6 +34,8 @@ type Env struct {
 	// Lookup finds another container of the guest, for namespaces that are
 	// joined; nil: there is none.
 	Lookup func(id string) *Container
+	// Memory is what the containers of the guest have in common; nil: nothing.
+	Memory *Memory
 	// ResolvConf is the guest's resolv.conf, for CreateContainerRequest's
 	// guest_resolv_conf.
 	ResolvConf string

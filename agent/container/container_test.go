@@ -937,3 +937,37 @@ func allCaps(t *testing.T) uint64 {
 	must(t, err)
 	return v
 }
+
+// Two containers have one /dev/shm, in which a third one with another name sees
+// nothing, and which outlives the one that made it.
+func TestSharedMemory(t *testing.T) {
+	g := newGuest(t)
+	dir, err := os.MkdirTemp("", "runv-memory")
+	must(t, err)
+	t.Cleanup(func() {
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			_ = unix.Unmount(filepath.Join(dir, e.Name()), unix.MNT_DETACH)
+		}
+		_ = os.RemoveAll(dir)
+	})
+	g.env.Memory = NewMemory(dir)
+	request := func(name string, args ...string) *agentv1.CreateContainerRequest {
+		req := g.request(args...)
+		for _, m := range req.Mounts {
+			if m.Destination == "/dev/shm" {
+				m.PodMemory = name
+			}
+		}
+		return req
+	}
+	if out, st := g.run(t, request("a", "sh", "-c", "echo hello > /dev/shm/x && stat -c %a /dev/shm && grep -c ' /dev/shm rw,nosuid,nodev,noexec.* - tmpfs shm rw,size=65536k' /proc/self/mountinfo")); st.ExitStatus() != 0 || out != "1777\n1\n" {
+		t.Fatalf("exit code %d, output %q", st.ExitStatus(), out)
+	}
+	if out, st := g.run(t, request("a", "cat", "/dev/shm/x")); st.ExitStatus() != 0 || out != "hello\n" {
+		t.Errorf("of the same name: exit code %d, output %q", st.ExitStatus(), out)
+	}
+	if out, st := g.run(t, request("b", "ls", "/dev/shm")); st.ExitStatus() != 0 || out != "" {
+		t.Errorf("of another name: exit code %d, output %q", st.ExitStatus(), out)
+	}
+}

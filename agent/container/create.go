@@ -272,6 +272,8 @@ func (c *Container) mountSource(m *agentv1.Mount) (*os.File, error) {
 	switch {
 	case isCgroup(m):
 		return c.cgroup.mountTree()
+	case m.GetPodMemory() != "":
+		return c.env.Memory.mount(m.GetPodMemory(), sourceOf(m), m.GetData())
 	case m.GetShareTag() != "":
 		return c.shareTree(m.GetShareTag(), m.GetSharePath(), m.GetRecursive(), private)
 	case isBind(m):

@@ -26,7 +26,9 @@ const knownAttrs = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_
 	unix.MOUNT_ATTR__ATIME | unix.MOUNT_ATTR_NODIRATIME | unix.MOUNT_ATTR_NOSYMFOLLOW
 
 // isBind says whether m is a bind mount.
-func isBind(m *agentv1.Mount) bool { return m.GetBind() || m.GetShareTag() != "" }
+func isBind(m *agentv1.Mount) bool {
+	return m.GetBind() || m.GetShareTag() != "" || m.GetPodMemory() != ""
+}
 
 // isCgroup says whether m is the container's cgroup. There is no cgroup v1 in
 // the guest: a mount of it shows the same.

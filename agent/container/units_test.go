@@ -267,3 +267,28 @@ func TestDeviceProgramErrors(t *testing.T) {
 		}
 	}
 }
+
+func TestMemoryNames(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"pod": true, "0f3A-_": true, strings.Repeat("x", maxMemoryName): true,
+		"": false, "..": false, "a/b": false, "a b": false, "ä": false, strings.Repeat("x", maxMemoryName+1): false,
+	} {
+		if isMemoryName(name) != ok {
+			t.Errorf("%q is a name: %v", name, !ok)
+		}
+	}
+	for _, m := range []*agentv1.Mount{
+		{Destination: "/dev/shm", Type: "tmpfs", PodMemory: "../x"},
+		{Destination: "/dev/shm", PodMemory: "x", ShareTag: "runv", SharePath: "c/x"},
+		{Destination: "/dev/shm", PodMemory: "x", Bind: true, Source: "/etc"},
+	} {
+		v := &validation{}
+		v.mount("mounts[0]", m)
+		if !errors.Is(v.err, ErrInvalid) || !strings.Contains(v.err.Error(), "mounts[0].pod_memory") {
+			t.Errorf("%v: %v", m, v.err)
+		}
+	}
+	if _, err := (*Memory)(nil).mount("pod", "shm", nil); err == nil {
+		t.Error("a guest without any gave one")
+	}
+}

@@ -200,7 +200,14 @@ func (v *validation) mount(field string, m *agentv1.Mount) {
 		}
 	}
 	if isBind(m) {
-		if m.GetShareTag() != "" {
+		if name := m.GetPodMemory(); name != "" {
+			if m.GetShareTag() != "" || m.GetBind() || m.GetType() != "tmpfs" {
+				v.fail(field+".pod_memory", "is of a tmpfs only")
+			}
+			if !isMemoryName(name) {
+				v.fail(field+".pod_memory", "%q is not a name of 1 to %d letters, digits, '-' and '_'", name, maxMemoryName)
+			}
+		} else if m.GetShareTag() != "" {
 			v.shareRef(field, m.GetShareTag(), m.GetSharePath())
 		} else if !path.IsAbs(m.GetSource()) || path.Clean(m.GetSource()) != m.GetSource() {
 			v.fail(field+".source", "%q is not a clean absolute path of the guest", m.GetSource())

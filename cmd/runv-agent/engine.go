@@ -16,11 +16,14 @@ import (
 
 // engine is agent.Engine by package container.
 type engine struct {
-	mu  sync.Mutex
-	all map[string]*container.Container // guarded by mu
+	mu     sync.Mutex
+	all    map[string]*container.Container // guarded by mu
+	memory *container.Memory
 }
 
-func newEngine() *engine { return &engine{all: make(map[string]*container.Container)} }
+func newEngine() *engine {
+	return &engine{all: make(map[string]*container.Container), memory: container.NewMemory(agent.MemoryDir)}
+}
 
 func (e *engine) lookup(id string) *container.Container {
 	e.mu.Lock()
@@ -34,6 +37,7 @@ func (e *engine) New(req *agentv1.CreateContainerRequest) (agent.Container, erro
 		ShareDir:   agentv1.ShareDir,
 		CgroupRoot: agent.CgroupRoot,
 		Lookup:     e.lookup,
+		Memory:     e.memory,
 		ResolvConf: agent.ResolvConf,
 	})
 	if err != nil {

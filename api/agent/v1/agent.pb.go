@@ -1799,8 +1799,12 @@ type Mount struct {
 	// File system options, each "key" or "key=value".
 	Data []string `protobuf:"bytes,13,rep,name=data,proto3" json:"data,omitempty"`
 	// MS_* propagation flags, applied in order.
-	Propagation   []uint64 `protobuf:"varint,14,rep,packed,name=propagation,proto3" json:"propagation,omitempty"`
-	CopyUp        bool     `protobuf:"varint,15,opt,name=copy_up,json=copyUp,proto3" json:"copy_up,omitempty"` // tmpcopyup: a new tmpfs starts with what the rootfs has there
+	Propagation []uint64 `protobuf:"varint,14,rep,packed,name=propagation,proto3" json:"propagation,omitempty"`
+	CopyUp      bool     `protobuf:"varint,15,opt,name=copy_up,json=copyUp,proto3" json:"copy_up,omitempty"` // tmpcopyup: a new tmpfs starts with what the rootfs has there
+	// Of a tmpfs: all containers of the pod that name it have it in common. The first
+	// one makes it, with data as its options, and it stays as long as the pod.
+	// Letters, digits, '-' and '_'.
+	PodMemory     string `protobuf:"bytes,16,opt,name=pod_memory,json=podMemory,proto3" json:"pod_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1938,6 +1942,13 @@ func (x *Mount) GetCopyUp() bool {
 		return x.CopyUp
 	}
 	return false
+}
+
+func (x *Mount) GetPodMemory() string {
+	if x != nil {
+		return x.PodMemory
+	}
+	return ""
 }
 
 type Device struct {
@@ -5513,7 +5524,7 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"share_path\x18\x02 \x01(\tR\tsharePath\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12 \n" +
-	"\vpropagation\x18\x04 \x01(\x04R\vpropagation\"\xaa\x03\n" +
+	"\vpropagation\x18\x04 \x01(\x04R\vpropagation\"\xc9\x03\n" +
 	"\x05Mount\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x16\n" +
@@ -5533,7 +5544,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05flags\x18\f \x03(\tR\x05flags\x12\x12\n" +
 	"\x04data\x18\r \x03(\tR\x04data\x12 \n" +
 	"\vpropagation\x18\x0e \x03(\x04R\vpropagation\x12\x17\n" +
-	"\acopy_up\x18\x0f \x01(\bR\x06copyUp\"\x94\x01\n" +
+	"\acopy_up\x18\x0f \x01(\bR\x06copyUp\x12\x1d\n" +
+	"\n" +
+	"pod_memory\x18\x10 \x01(\tR\tpodMemory\"\x94\x01\n" +
 	"\x06Device\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +

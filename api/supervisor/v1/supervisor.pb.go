@@ -188,14 +188,17 @@ func (*InfoRequest) Descriptor() ([]byte, []int) {
 }
 
 type InfoResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ApiVersion    uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
-	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	SandboxId     string                 `protobuf:"bytes,3,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	Pid           int32                  `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
-	VmPid         int32                  `protobuf:"varint,5,opt,name=vm_pid,json=vmPid,proto3" json:"vm_pid,omitempty"` // 0: no VM yet
-	Driver        string                 `protobuf:"bytes,6,opt,name=driver,proto3" json:"driver,omitempty"`
-	ContainerIds  []string               `protobuf:"bytes,7,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	ApiVersion   uint32                 `protobuf:"varint,1,opt,name=api_version,json=apiVersion,proto3" json:"api_version,omitempty"`
+	Version      string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	SandboxId    string                 `protobuf:"bytes,3,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Pid          int32                  `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`
+	VmPid        int32                  `protobuf:"varint,5,opt,name=vm_pid,json=vmPid,proto3" json:"vm_pid,omitempty"` // 0: no VM yet
+	Driver       string                 `protobuf:"bytes,6,opt,name=driver,proto3" json:"driver,omitempty"`
+	ContainerIds []string               `protobuf:"bytes,7,rep,name=container_ids,json=containerIds,proto3" json:"container_ids,omitempty"`
+	// The size of the VM; 0: no VM yet.
+	Vcpus         uint32 `protobuf:"varint,8,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryMib     uint32 `protobuf:"varint,9,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -277,6 +280,20 @@ func (x *InfoResponse) GetContainerIds() []string {
 		return x.ContainerIds
 	}
 	return nil
+}
+
+func (x *InfoResponse) GetVcpus() uint32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *InfoResponse) GetMemoryMib() uint32 {
+	if x != nil {
+		return x.MemoryMib
+	}
+	return 0
 }
 
 // VM is what the pod's first container asks of its VM.
@@ -3978,7 +3995,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x124\n" +
 	"\x04kind\x18\x03 \x01(\x0e2 .runv.agent.v1.StreamHeader.KindR\x04kind\"\r\n" +
-	"\vInfoRequest\"\xce\x01\n" +
+	"\vInfoRequest\"\x83\x02\n" +
 	"\fInfoResponse\x12\x1f\n" +
 	"\vapi_version\x18\x01 \x01(\rR\n" +
 	"apiVersion\x12\x18\n" +
@@ -3988,7 +4005,10 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x03pid\x18\x04 \x01(\x05R\x03pid\x12\x15\n" +
 	"\x06vm_pid\x18\x05 \x01(\x05R\x05vmPid\x12\x16\n" +
 	"\x06driver\x18\x06 \x01(\tR\x06driver\x12#\n" +
-	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\"\xd3\x03\n" +
+	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\x12\x14\n" +
+	"\x05vcpus\x18\b \x01(\rR\x05vcpus\x12\x1d\n" +
+	"\n" +
+	"memory_mib\x18\t \x01(\rR\tmemoryMib\"\xd3\x03\n" +
 	"\x02VM\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x18\n" +
 	"\amachine\x18\x02 \x01(\tR\amachine\x12\x16\n" +
