@@ -339,6 +339,59 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 	return out, host, nil
 }
 
+// sharedMemory is where a container's programs look for POSIX shared memory.
+const sharedMemory = "/dev/shm"
+
+// podMemory is the name of the pod's own shared memory. It is in no Options'
+// SharedMemory: such names are of the host's file systems.
+const podMemory = "pod"
+
+// translateSharedMemory lets /dev/shm be memory of the guest that containers of
+// the pod can share. Files of the host are no memory to share: every container
+// has another mapping of them. m and host are what translateMount has made of
+// the mount; the answer is the host's part that is left.
+//
+// What an engine binds there is a tmpfs of the host, the same one in each
+// container that is meant to share it. A tmpfs of the container itself is shared
+// with containers that join the pod by name and have its ipc namespace.
+func translateSharedMemory(m *agentv1.Mount, host *supervisorv1.HostMount, ns *namespaceSet, o *Options) *supervisorv1.HostMount {
+	if ns.user != nil {
+		return host
+	}
+	switch {
+	case host != nil:
+		// The host's own is what somebody wants to share with the host.
+		if o.SharedMemory == nil || within(host.Source, sharedMemory) {
+			return host
+		}
+		name, size := o.SharedMemory(host.Source)
+		if name == "" {
+			return host
+		}
+		m.ShareTag, m.SharePath, m.Recursive = "", "", false
+		m.Type, m.Source, m.PodMemory = "tmpfs", "shm", name
+		m.Data = []string{"mode=1777", "size=" + strconv.FormatUint(size, 10)}
+		return nil
+	case m.Type == "tmpfs" && len(m.Flags) == 0 && !m.CopyUp && hasMode(m.Data):
+		if o.SandboxID != o.ID && !(o.Shared && ns.ipc != nil && ns.ipc.Path == "") {
+			return host
+		}
+		m.PodMemory = podMemory
+	}
+	return host
+}
+
+// hasMode tells whether the permissions of a tmpfs are given, so that they do not
+// depend on what it is mounted over.
+func hasMode(data []string) bool {
+	for _, d := range data {
+		if strings.HasPrefix(d, "mode=") {
+			return true
+		}
+	}
+	return false
+}
+
 // shareName is what the share calls a source: its own last name, which is what
 // the container then reads in the root field of /proc/self/mountinfo.
 func shareName(source string) string {

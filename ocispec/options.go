@@ -25,8 +25,9 @@ type Options struct {
 	// begin there.
 	Bundle string
 	// VM holds the configured defaults of a VM: driver, files, machine, and
-	// VCPUs and memory_mib as the least that a pod gets. Nil: all left to the
-	// supervisor. It is copied, never changed.
+	// VCPUs and memory_mib as the least that a pod gets; for a container that
+	// joins a pod, the size that its VM has. Nil: all left to the supervisor. It
+	// is copied, never changed.
 	VM *supervisorv1.VM
 	// MaxVCPUs and MaxMemoryMiB bound what limits of config.json can make of a
 	// VM: the host's processors and memory. 0: 1024 and 1 TiB.
@@ -44,8 +45,17 @@ type Options struct {
 	// which no VM can reach. Nil: none does.
 	HostDevice func(path, typ string, major, minor int64) bool
 	// Namespace finds the container of the same pod that a namespace path
-	// belongs to. Nil, or an empty answer: the path is not one of the pod.
+	// belongs to. Nil, or an empty answer: the path is not one of the pod. The
+	// container's own id: the path is a namespace that was made on the host for
+	// this pod, and what it stands for is made new in the guest.
 	Namespace func(typ specs.LinuxNamespaceType, path string) (containerID string)
+	// Shared says, of a container that joins a pod, that those of its network,
+	// ipc and uts namespaces which have no path are the pod's and not new.
+	Shared bool
+	// SharedMemory tells which memory file system of the host a bind mount of
+	// /dev/shm would show: a name that is the same for the same one, and its
+	// size in bytes. Nil, or an empty name: it is none, and is shared as a file.
+	SharedMemory func(source string) (name string, size uint64)
 	// Warn is called with one line for everything that is accepted without
 	// being enforced. Nil: the lines are dropped.
 	Warn func(line string)

@@ -49,7 +49,8 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 	if err != nil {
 		return nil, err
 	}
-	if ns.network == nil && vm.Network != NetworkUser {
+	joins := o.SandboxID != o.ID
+	if ns.network == nil && vm.Network != NetworkUser && !joins {
 		return nil, errors.New("linux.namespaces: host networking cannot exist in a VM: list a network namespace, or ask for user-mode networking with --network=user or the annotation " + AnnotationNetwork + "=user")
 	}
 	if err := checkCgroupsPath(linux.CgroupsPath, o.SystemdCgroup); err != nil {
@@ -87,8 +88,15 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		Container:   c,
 	}
 	// The pod's first container alone asks for a VM.
-	if o.SandboxID == o.ID {
+	if !joins {
 		req.Vm = vm
+	}
+	if joins && o.Shared && ns.uts != nil && ns.uts.Path == "" {
+		// The name is the pod's, which a container must not change for all.
+		if c.Hostname != "" || c.Domainname != "" {
+			o.warn(fmt.Sprintf("hostname: %q is not applied: the container has the name of its pod", clip(c.Hostname)))
+		}
+		c.Hostname, c.Domainname = "", ""
 	}
 
 	// The root file system stays writable on the host's side even if the
@@ -106,6 +114,9 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		m, host, err := translateMount(&spec.Mounts[i], indexed("mounts", i), sharePath, &o)
 		if err != nil {
 			return nil, err
+		}
+		if m.Destination == sharedMemory {
+			host = translateSharedMemory(m, host, ns, &o)
 		}
 		c.Mounts = append(c.Mounts, m)
 		if host != nil {
@@ -126,7 +137,7 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		c.Process.Capabilities = &agentv1.Capabilities{}
 	}
 	c.Stdio = &agentv1.Stdio{Stdin: true, Stdout: true, Stderr: !spec.Process.Terminal}
-	if err := translateNamespaces(linux.Namespaces, c, &o); err != nil {
+	if err := translateNamespaces(linux.Namespaces, c, joins, &o); err != nil {
 		return nil, err
 	}
 	c.UidMappings = translateIDMappings(linux.UIDMappings)
@@ -207,21 +218,26 @@ func translateVM(spec *specs.Spec, linux *specs.Linux, o *Options) (*supervisorv
 	}
 	var cpus, mem uint64
 	if r := linux.Resources; r != nil {
-		if c := r.CPU; c != nil && value(c.Quota) > 0 {
-			period := value(c.Period)
-			if period == 0 {
-				period = defaultPeriod
-			}
-			cpus = (uint64(*c.Quota)-1)/period + 1
+		if c := r.CPU; c != nil {
+			cpus = cpusOf(value(c.Quota), value(c.Period))
 		}
-		if m := r.Memory; m != nil && value(m.Limit) > 0 {
-			limit := (uint64(*m.Limit)-1)>>20 + 1
-			// Some clients write a limit near 2^63 where they mean none.
-			if limit < math.MaxInt64>>21 {
-				mem = limit + limit/64 + guestOverheadMiB
-			}
+		if m := r.Memory; m != nil {
+			mem = memoryOf(value(m.Limit))
 		}
 	}
+	if o.SandboxID != o.ID {
+		// The VM is there, and has the size that it has.
+		if mem > 0 && vm.MemoryMib > 0 && *linux.Resources.Memory.Limit>>20 > int64(vm.MemoryMib) {
+			o.warn(fmt.Sprintf("linux.resources.memory.limit: is %d MiB, which cannot be reached: the pod's VM has %d MiB", *linux.Resources.Memory.Limit>>20, vm.MemoryMib))
+		}
+		return vm, nil
+	}
+	pod, err := parsePodSize(spec.Annotations)
+	if err != nil {
+		return nil, err
+	}
+	cpus = max(cpus, cpusOf(pod.quota, pod.period))
+	mem = max(mem, memoryOf(pod.memory))
 	vm.Vcpus = max(vm.Vcpus, uint32(min(cpus, maxCPU)))
 	vm.MemoryMib = max(vm.MemoryMib, uint32(min(mem, maxMem)))
 	if req.vcpus != 0 {
@@ -231,6 +247,31 @@ func translateVM(spec *specs.Spec, linux *specs.Linux, o *Options) (*supervisorv
 		vm.MemoryMib = req.memoryMiB
 	}
 	return vm, nil
+}
+
+// cpusOf is how many processors a quota can use at once; 0: it is no limit.
+func cpusOf(quota int64, period uint64) uint64 {
+	if quota <= 0 {
+		return 0
+	}
+	if period == 0 {
+		period = defaultPeriod
+	}
+	return (uint64(quota)-1)/period + 1
+}
+
+// memoryOf is how much memory a VM needs, in MiB, for a limit of so many bytes
+// to be reachable; 0: it is no limit.
+func memoryOf(limit int64) uint64 {
+	if limit <= 0 {
+		return 0
+	}
+	mib := (uint64(limit)-1)>>20 + 1
+	// Some clients write a limit near 2^63 where they mean none.
+	if mib >= math.MaxInt64>>21 {
+		return 0
+	}
+	return mib + mib/64 + guestOverheadMiB
 }
 
 // checkCgroupsPath checks the form alone: the group is on the host, and made by
@@ -294,14 +335,19 @@ func translateHooks(h *specs.Hooks, req *supervisorv1.CreateRequest, o *Options)
 }
 
 // translateNamespaces leaves the network out: the pod's is the guest's initial
-// one, and a path is of the host, where the pod's network comes from.
-func translateNamespaces(list []specs.LinuxNamespace, c *agentv1.CreateContainerRequest, o *Options) error {
+// one, and a path is of the host, where the pod's network comes from. Only a
+// container of a pod may have one of its own, with nothing but a loopback
+// interface: the VM's cards are the pod's.
+func translateNamespaces(list []specs.LinuxNamespace, c *agentv1.CreateContainerRequest, joins bool, o *Options) error {
 	for i := range list {
 		ns := &list[i]
 		var typ agentv1.Namespace_Type
 		switch ns.Type {
 		case specs.NetworkNamespace:
-			continue
+			if !joins || ns.Path != "" || o.Shared {
+				continue
+			}
+			typ = agentv1.Namespace_TYPE_NETWORK
 		case specs.PIDNamespace:
 			typ = agentv1.Namespace_TYPE_PID
 		case specs.MountNamespace:
@@ -318,13 +364,22 @@ func translateNamespaces(list []specs.LinuxNamespace, c *agentv1.CreateContainer
 			typ = agentv1.Namespace_TYPE_TIME
 		}
 		out := &agentv1.Namespace{Type: typ}
-		if ns.Path != "" {
+		switch {
+		case ns.Path != "":
+			if ns.Type == specs.MountNamespace {
+				return fmt.Errorf("linux.namespaces[%d].path: a container has a mount namespace of its own and cannot join %q", i, clip(ns.Path))
+			}
 			if o.Namespace != nil {
 				out.ContainerId = o.Namespace(ns.Type, ns.Path)
 			}
 			if out.ContainerId == "" {
-				return fmt.Errorf("linux.namespaces[%d].path: %q is %s namespace of the host, which a container in a VM cannot join", i, clip(ns.Path), article(string(ns.Type)))
+				return fmt.Errorf("linux.namespaces[%d].path: %q is %s namespace of the host, or of another runtime's container: a container in a VM can join those of its own pod only", i, clip(ns.Path), article(string(ns.Type)))
 			}
+			if out.ContainerId == o.ID {
+				out.ContainerId = ""
+			}
+		case joins && o.Shared && (ns.Type == specs.IPCNamespace || ns.Type == specs.UTSNamespace):
+			out.ContainerId = o.SandboxID
 		}
 		c.Namespaces = append(c.Namespaces, out)
 	}

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -35,7 +36,11 @@ func loadTest(tb testing.TB, name string) *specs.Spec {
 }
 
 // testOptions are those of a host with some hardware, for a container "c1".
-func testOptions(warnings *[]string) Options {
+func testOptions(warnings *[]string) Options { return podOptions(warnings, "c1") }
+
+// podOptions are testOptions on a host where namespaces of the pod are pinned
+// for the container with the id in pinned.
+func podOptions(warnings *[]string, pinned string) Options {
 	return Options{
 		ID: "c1", Bundle: "/bundle", Arch: "amd64", MaxVCPUs: 8, MaxMemoryMiB: 16384,
 		VM: &supervisorv1.VM{Vcpus: 1, MemoryMib: 512, Kernel: "/var/lib/runv/kernel", Initrd: "/var/lib/runv/initrd.img", Network: NetworkNone, BootTimeoutMs: 60000},
@@ -43,10 +48,19 @@ func testOptions(warnings *[]string) Options {
 			return (major == 10 || major == 8) && minor != 666 && !VirtualDevice(typ, major, minor)
 		},
 		Namespace: func(_ specs.LinuxNamespaceType, p string) string {
-			if strings.HasPrefix(p, "/proc/4242/ns/") {
+			switch {
+			case strings.HasPrefix(p, "/proc/4242/ns/"):
 				return "sb0"
+			case strings.HasPrefix(p, "/var/run/ipcns/"), strings.HasPrefix(p, "/var/run/utsns/"):
+				return pinned
 			}
 			return ""
+		},
+		SharedMemory: func(p string) (string, uint64) {
+			if strings.HasSuffix(p, "/shm") {
+				return "of-" + strings.ReplaceAll(path.Base(path.Dir(p)), "/", "-"), 64 << 20
+			}
+			return "", 0
 		},
 		Warn: func(line string) {
 			if warnings != nil {
@@ -89,6 +103,15 @@ func TestTranslateGolden(t *testing.T) {
 		{"podman", func(o *Options) { o.SystemdCgroup = true }},
 		{"cri", func(o *Options) { o.SystemdCgroup, o.SandboxID = true, "sb0" }},
 		{"exotic", nil},
+		{"cri-sandbox", func(o *Options) { o.SystemdCgroup = true }},
+		{"crio-sandbox", func(o *Options) { o.SystemdCgroup = true }},
+		{"crio", func(o *Options) {
+			o.SystemdCgroup, o.SandboxID = true, "sb0"
+			o.Namespace = podOptions(nil, "sb0").Namespace
+		}},
+		{"podman-infra", nil},
+		{"podman-pod", func(o *Options) { o.SandboxID = "sb0" }},
+		{"joined", func(o *Options) { o.SandboxID, o.Shared = "sb0", true }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var warnings []string
@@ -101,18 +124,18 @@ func TestTranslateGolden(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := golden(t, req, warnings)
-			path := filepath.Join("testdata", tc.name+".golden")
+			file := filepath.Join("testdata", tc.name+".golden")
 			if *update {
-				if err := os.WriteFile(path, got, 0o644); err != nil {
+				if err := os.WriteFile(file, got, 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}
-			want, err := os.ReadFile(path)
+			want, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if !bytes.Equal(got, want) {
-				t.Errorf("%s differs from the translation, look at it and run the test with -update:\n%s", path, got)
+				t.Errorf("%s differs from the translation, look at it and run the test with -update:\n%s", file, got)
 			}
 		})
 	}

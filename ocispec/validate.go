@@ -53,6 +53,12 @@ func Validate(spec *specs.Spec) error {
 	if _, err := parseAnnotations(spec.Annotations); err != nil {
 		return err
 	}
+	if _, err := PodOf(spec.Annotations); err != nil {
+		return err
+	}
+	if _, err := parsePodSize(spec.Annotations); err != nil {
+		return err
+	}
 	return checkLinux(spec)
 }
 

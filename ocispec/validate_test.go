@@ -116,12 +116,12 @@ func TestBadInput(t *testing.T) {
 		{"namespace twice", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[1].Type = specs.PIDNamespace }, `linux.namespaces[1].type: pid is given twice`},
 		{"namespace path relative", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[0].Path = "ns" }, `linux.namespaces[0].path: "ns" is not absolute`},
 		{"host networking", func(s *specs.Spec, _ *Options) { dropNamespace(s, specs.NetworkNamespace) }, `linux.namespaces: host networking cannot exist in a VM: list a network namespace, or ask for user-mode networking with --network=user or the annotation io.runv.network=user`},
-		{"pid path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[0].Path = "/proc/1/ns/pid" }, `linux.namespaces[0].path: "/proc/1/ns/pid" is a pid namespace of the host, which a container in a VM cannot join`},
-		{"ipc path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[2].Path = "/proc/1/ns/ipc" }, `linux.namespaces[2].path: "/proc/1/ns/ipc" is an ipc namespace of the host, which a container in a VM cannot join`},
-		{"mount path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[4].Path = "/proc/1/ns/mnt" }, `linux.namespaces[4].path: "/proc/1/ns/mnt" is a mount namespace of the host, which a container in a VM cannot join`},
+		{"pid path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[0].Path = "/proc/1/ns/pid" }, `linux.namespaces[0].path: "/proc/1/ns/pid" is a pid namespace of the host, or of another runtime's container: a container in a VM can join those of its own pod only`},
+		{"ipc path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[2].Path = "/proc/1/ns/ipc" }, `linux.namespaces[2].path: "/proc/1/ns/ipc" is an ipc namespace of the host, or of another runtime's container: a container in a VM can join those of its own pod only`},
+		{"mount path", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[4].Path = "/proc/1/ns/mnt" }, `linux.namespaces[4].path: a container has a mount namespace of its own and cannot join "/proc/1/ns/mnt"`},
 		{"user path", func(s *specs.Spec, _ *Options) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/proc/1/ns/user"})
-		}, `linux.namespaces[6].path: "/proc/1/ns/user" is a user namespace of the host, which a container in a VM cannot join`},
+		}, `linux.namespaces[6].path: "/proc/1/ns/user" is a user namespace of the host, or of another runtime's container: a container in a VM can join those of its own pod only`},
 		{"masked without mount", func(s *specs.Spec, _ *Options) { dropNamespace(s, specs.MountNamespace) }, `linux.maskedPaths: cannot be masked without a mount namespace in linux.namespaces`},
 		{"masked relative", func(s *specs.Spec, _ *Options) { s.Linux.MaskedPaths[0] = "proc" }, `linux.maskedPaths[0]: "proc" is not an absolute path`},
 		{"readonly relative", func(s *specs.Spec, _ *Options) { s.Linux.ReadonlyPaths[1] = "" }, `linux.readonlyPaths[1]: "" is not an absolute path`},
