@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 )
 
 var (
@@ -56,9 +57,18 @@ type NIC struct {
 	// MAC is the hardware address; nil lets the driver derive one from the
 	// VM's name.
 	MAC net.HardwareAddr
-	// User connects the card to the hypervisor's own user-mode stack. Without
-	// it the card has no peer.
+	// User connects the card to the hypervisor's own user-mode stack, Tap to a
+	// tap of Linux whose frames have a virtio-net header (IFF_VNET_HDR); the
+	// file stays the caller's. Without either the card has no peer.
 	User bool
+	Tap  *os.File
+}
+
+// LinkSetter is a VM whose cards' carrier can be taken away.
+type LinkSetter interface {
+	// SetLink says whether the card, counted from 0 as in Config.NICs, is
+	// connected with anybody. At the VM's start each one is.
+	SetLink(ctx context.Context, card int, up bool) error
 }
 
 // Config is what a VM is made of. The zero value of a field marked optional
@@ -123,6 +133,11 @@ func (c *Config) Validate() error {
 			return fmt.Errorf("vm config: shares[%d].path is %q, want an absolute path", i, s.Path)
 		}
 		tags[s.Tag] = true
+	}
+	for i, n := range c.NICs {
+		if n.User && n.Tap != nil {
+			return fmt.Errorf("vm config: nics[%d] has two peers, the user-mode stack and a tap", i)
+		}
 	}
 	return nil
 }

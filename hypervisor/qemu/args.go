@@ -32,6 +32,9 @@ type ArgsOptions struct {
 	QMPFD, ConsoleFD, AgentFD int
 	// LifelineFD is the read end of a pipe for lifelineConfig.
 	LifelineFD int
+	// TapFDs are taps, one for each card that has one, in the cards' order.
+	// VhostNetFDs are as many files of /dev/vhost-net, or none.
+	TapFDs, VhostNetFDs []int
 	// VhostFD is an open /dev/vhost-vsock, used with the vsock transport only.
 	VhostFD int
 	// TSCKHz is the rate of the host's time stamp counter in kHz, 0 if unknown.
@@ -149,6 +152,7 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		// start from one snapshot.
 		nics = make([]hypervisor.NIC, 1)
 	}
+	tap := 0
 	for i, n := range nics {
 		id := "net" + strconv.Itoa(i)
 		mac := n.MAC
@@ -161,6 +165,18 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		props := []string{"id=nic" + strconv.Itoa(i), "mac=" + mac.String()}
 		if n.User {
 			b.add("-netdev", "user,id="+id)
+			props = append(props, "netdev="+id)
+		}
+		if n.Tap != nil {
+			if tap >= len(o.TapFDs) {
+				return nil, fmt.Errorf("vm config: nics[%d] has a tap, and there are descriptors for %d", i, len(o.TapFDs))
+			}
+			dev := "tap,id=" + id + ",fd=" + strconv.Itoa(o.TapFDs[tap])
+			if tap < len(o.VhostNetFDs) {
+				dev += ",vhost=on,vhostfd=" + strconv.Itoa(o.VhostNetFDs[tap])
+			}
+			tap++
+			b.add("-netdev", dev)
 			props = append(props, "netdev="+id)
 		}
 		if m.bus == busPCI {

@@ -39,6 +39,8 @@ func TestArgs(t *testing.T) {
 	vsock.Transport, vsock.CID, vsock.VsockPort = hypervisor.TransportVsock, 77, 1024
 	q35 := full
 	q35.Machine = "q35"
+	taps := base()
+	taps.NICs = []hypervisor.NIC{{Tap: os.Stdin}, {}, {Tap: os.Stdin}}
 
 	for _, test := range []struct {
 		golden string
@@ -51,13 +53,14 @@ func TestArgs(t *testing.T) {
 		{"amd64-microvm-full", full, "amd64", TCG},
 		{"amd64-microvm-vsock", vsock, "amd64", KVM},
 		{"amd64-q35-full", q35, "amd64", KVM},
+		{"amd64-microvm-taps", taps, "amd64", KVM},
 		{"arm64-virt-tcg", base(), "arm64", TCG},
 		{"arm64-virt-full", full, "arm64", KVM},
 	} {
 		t.Run(test.golden, func(t *testing.T) {
 			args, err := Args(test.config, ArgsOptions{
 				Arch: test.arch, Accel: test.accel,
-				QMPFD: 3, ConsoleFD: 4, LifelineFD: 5, AgentFD: 6, VhostFD: 6, TSCKHz: 2600000,
+				QMPFD: 3, ConsoleFD: 4, LifelineFD: 5, AgentFD: 6, VhostFD: 6, TapFDs: []int{7, 9}, VhostNetFDs: []int{8, 10}, TSCKHz: 2600000,
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -104,6 +107,12 @@ func TestArgsRefuses(t *testing.T) {
 		"architecture": {change: func(_ *hypervisor.Config, o *ArgsOptions) { o.Arch = "vax" }, want: "architecture", unknown: true},
 		"accelerator":  {change: func(_ *hypervisor.Config, o *ArgsOptions) { o.Accel = "xen" }, want: "accelerator", unknown: true},
 		"serial port":  {change: func(c *hypervisor.Config, _ *ArgsOptions) { c.SerialPort = "" }, want: "serial port"},
+		"no descriptor": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
+			c.NICs = []hypervisor.NIC{{Tap: os.Stdin}}
+		}, want: "nics[0] has a tap"},
+		"two peers": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
+			c.NICs = []hypervisor.NIC{{Tap: os.Stdin, User: true}}
+		}, want: "nics[0] has two peers"},
 		"multicast": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
 			c.NICs = []hypervisor.NIC{{MAC: net.HardwareAddr{1, 0, 0, 0, 0, 0}}}
 		}, want: "nics[0].mac"},

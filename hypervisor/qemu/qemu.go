@@ -275,6 +275,23 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 		}
 		v.agent = agent.(*net.UnixConn)
 	}
+	for _, n := range c.NICs {
+		if n.Tap == nil {
+			continue
+		}
+		opts.TapFDs = append(opts.TapFDs, pass(n.Tap))
+		if d.accel != KVM {
+			continue // the guest's processor is QEMU itself: nothing is saved by leaving it out
+		}
+		// With it the host's kernel moves the frames; without it QEMU does.
+		vhost, err := os.OpenFile("/dev/vhost-net", os.O_RDWR, 0)
+		if err != nil {
+			glog.V(1).Infof("vm %s: no vhost-net: %v", c.Name, err)
+			continue
+		}
+		child.add(func() { vhost.Close() })
+		opts.VhostNetFDs = append(opts.VhostNetFDs, pass(vhost))
+	}
 	consoleTo := []io.Writer{&v.console}
 	if c.ConsoleLog != "" {
 		log, err := openConsoleLog(c.ConsoleLog, c.ConsoleLimit)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -53,7 +54,10 @@ type vm struct {
 	running chan struct{}
 }
 
-var _ hypervisor.VM = (*vm)(nil)
+var (
+	_ hypervisor.VM         = (*vm)(nil)
+	_ hypervisor.LinkSetter = (*vm)(nil)
+)
 
 // exitGrace is how long QEMU may take from closing its monitor to its end. It
 // writes nothing back in between, so this is for freeing memory.
@@ -197,6 +201,15 @@ func (v *vm) setRunning(ctx context.Context, command, event string, want bool) e
 	case <-ctx.Done():
 		return fmt.Errorf("qemu is in state %q: %w", status.Status, context.Cause(ctx))
 	}
+}
+
+// SetLink implements hypervisor.LinkSetter.
+func (v *vm) SetLink(ctx context.Context, card int, up bool) error {
+	args := map[string]any{"name": "nic" + strconv.Itoa(card), "up": up}
+	if err := v.qmp.Execute(ctx, "set_link", args, nil); err != nil {
+		return fmt.Errorf("set link of card %d of vm %s: %w", card, v.name, v.ended(err))
+	}
+	return nil
 }
 
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
