@@ -87,6 +87,9 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 	if err != nil {
 		return nil, nil, "", err
 	}
+	if req.Cgroup != nil {
+		req.Cgroup.Required = o.Config.RequireCgroup
+	}
 	network, err := Network(spec)
 	return spec, req, network, err
 }

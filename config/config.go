@@ -62,19 +62,20 @@ type Config struct {
 	LogFormat string `toml:"log-format" usage:"format of the log file, 'text' or 'json'"`
 	Debug     bool   `toml:"debug" usage:"write debug messages to the log, and to a pod's supervisor.log"`
 
-	Driver       string   `toml:"driver" usage:"hypervisor driver, such as 'kvm' or 'qemu'; empty: the best that works here"`
-	QEMU         string   `toml:"qemu" usage:"path of the QEMU program; empty: looked up in PATH"`
-	QEMUSandbox  bool     `toml:"qemu-sandbox" usage:"confine QEMU with its system call filter, a mount namespace and few capabilities; on unless =false"`
-	Machine      string   `toml:"machine" usage:"machine type; empty: the driver's default"`
-	Kernel       string   `toml:"kernel" usage:"guest kernel, as 'runv manage build-guest' makes it"`
-	Initrd       string   `toml:"initrd" usage:"guest initrd, as 'runv manage build-guest' makes it"`
-	KernelParams string   `toml:"kernel-params" usage:"parameters appended to the guest kernel's command line"`
-	VCPUs        int      `toml:"vcpus" usage:"virtual CPUs of a VM whose config.json sets no CPU limit"`
-	Memory       int      `toml:"memory" usage:"memory of a VM in MiB; a ceiling, pages cost when the guest touches them"`
-	Transport    string   `toml:"transport" usage:"how the guest agent is reached, 'serial' or 'vsock'; empty: the best that works here"`
-	Network      string   `toml:"network" usage:"'none', or 'user' for QEMU's user-mode network stack"`
-	BootTimeout  Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
-	Template     string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it; empty or 'off': none"`
+	Driver        string   `toml:"driver" usage:"hypervisor driver, such as 'kvm' or 'qemu'; empty: the best that works here"`
+	QEMU          string   `toml:"qemu" usage:"path of the QEMU program; empty: looked up in PATH"`
+	QEMUSandbox   bool     `toml:"qemu-sandbox" usage:"confine QEMU with its system call filter, a mount namespace and few capabilities; on unless =false"`
+	Machine       string   `toml:"machine" usage:"machine type; empty: the driver's default"`
+	Kernel        string   `toml:"kernel" usage:"guest kernel, as 'runv manage build-guest' makes it"`
+	Initrd        string   `toml:"initrd" usage:"guest initrd, as 'runv manage build-guest' makes it"`
+	KernelParams  string   `toml:"kernel-params" usage:"parameters appended to the guest kernel's command line"`
+	VCPUs         int      `toml:"vcpus" usage:"virtual CPUs of a VM whose config.json sets no CPU limit"`
+	Memory        int      `toml:"memory" usage:"memory of a VM in MiB; a ceiling, pages cost when the guest touches them"`
+	Transport     string   `toml:"transport" usage:"how the guest agent is reached, 'serial' or 'vsock'; empty: the best that works here"`
+	Network       string   `toml:"network" usage:"'none', or 'user' for QEMU's user-mode network stack"`
+	BootTimeout   Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
+	RequireCgroup bool     `toml:"require-cgroup" usage:"fail if a container's cgroup on the host cannot be made or its limits not be set there, instead of a warning"`
+	Template      string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it; empty or 'off': none"`
 
 	TemplatePolicy string `toml:"template-policy" usage:"if the template does not fit: 'required' fails, 'preferred' boots with a warning; 'off' never clones"`
 }

@@ -143,11 +143,8 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 		if value(m.Kernel) != 0 || value(m.KernelTCP) != 0 { //nolint:staticcheck // deprecated, and in use
 			o.warn(field + ".memory.kernel: is not applied: cgroup v2 has no such limit")
 		}
-		if m.Swappiness != nil {
-			o.warn(field + ".memory.swappiness: is not applied: cgroup v2 has no such setting")
-		}
 		if value(m.DisableOOMKiller) {
-			o.warn(field + ".memory.disableOOMKiller: is not applied: cgroup v2 has no such setting")
+			o.warn(field + ".memory.disableOOMKiller: is not applied: cgroup v2 has no such setting, and a VM must not stand still on the host")
 		}
 	}
 	if c := r.CPU; c != nil {
@@ -173,22 +170,18 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 			files["cpu.max.burst"] = strconv.FormatUint(*c.Burst, 10)
 		}
 		if value(c.RealtimeRuntime) != 0 || value(c.RealtimePeriod) != 0 {
-			o.warn(field + ".cpu.realtimeRuntime: is not applied: cgroup v2 has no such limit")
+			o.warn(field + ".cpu.realtimeRuntime: is not applied: cgroup v2 has no such limit, and the VM's processors are no realtime tasks of the host")
 		}
 		// Processors and memory nodes are numbered on the host. Those that the
 		// VM has too can be given as they are.
 		if c.Cpus != "" {
 			if last, err := parseList(c.Cpus); err == nil && last < int64(vcpus) {
 				files["cpuset.cpus"] = c.Cpus
-			} else {
-				o.warn(fmt.Sprintf("%s.cpu.cpus: %q is not applied in the VM, which has %d processors", field, clip(c.Cpus), vcpus))
-			}
+			} // else the host's cgroup has it, around all of the VM
 		}
 		if c.Mems != "" {
 			if last, err := parseList(c.Mems); err == nil && last == 0 {
 				files["cpuset.mems"] = c.Mems
-			} else {
-				o.warn(fmt.Sprintf("%s.cpu.mems: %q is not applied in the VM, which has one memory node", field, clip(c.Mems)))
 			}
 		}
 	}
@@ -208,12 +201,8 @@ func translateResources(r *specs.LinuxResources, vcpus uint32, o *Options) (*age
 		files["hugetlb."+h.Pagesize+".max"] = limit
 		files["hugetlb."+h.Pagesize+".rsvd.max"] = limit
 	}
-	if blockIOSet(r.BlockIO) {
-		o.warn(field + ".blockIO: is not applied in the VM: the files of a container lie behind its share, and the devices named here are the host's")
-	}
-	if n := r.Network; n != nil && (n.ClassID != nil || len(n.Priorities) > 0) {
-		o.warn(field + ".network: is not applied: cgroup v2 has no such setting")
-	}
+	// What is left is the host's: its block devices, its pages, its sockets. The
+	// supervisor says so if the host cannot.
 	for name, v := range r.Unified {
 		files[name] = v
 	}

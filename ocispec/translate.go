@@ -164,6 +164,7 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 	if c.Resources, err = translateResources(linux.Resources, vcpus, &o); err != nil {
 		return nil, err
 	}
+	req.Cgroup = translateCgroup(linux, o.SystemdCgroup)
 	if linux.Seccomp != nil {
 		filter, flags, err := seccomp.Compile(linux.Seccomp, o.Arch)
 		if err != nil {

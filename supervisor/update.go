@@ -56,15 +56,24 @@ func (s *Supervisor) update(ctx context.Context, c *container, req *supervisorv1
 			return status.Errorf(codes.FailedPrecondition, "unable to set memory limit to %d (current usage: %d)", r.GetMemoryLimit(), usage)
 		}
 	}
+	s.mu.Lock()
+	old := c.record.Resources
+	s.mu.Unlock()
+	limits := specResources(req.Resources)
+	if err := c.cgroup.set(limits, warn); err != nil {
+		_ = c.cgroup.set(old, func(string) {})
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
 	if len(req.Guest.GetUnified()) > 0 {
 		if _, err := s.client().UpdateContainer(ctx, &agentv1.UpdateContainerRequest{
 			ContainerId: c.id, Resources: &agentv1.Resources{Unified: req.Guest.Unified},
 		}); err != nil {
+			_ = c.cgroup.set(old, func(string) {})
 			return s.explain(err)
 		}
 	}
 	s.mu.Lock()
-	c.record.Resources = specResources(req.Resources)
+	c.record.Resources = limits
 	s.mu.Unlock()
 	if err := s.save(c); err != nil {
 		return err

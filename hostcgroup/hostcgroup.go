@@ -1,0 +1,369 @@
+// Package hostcgroup keeps the processes that make up a container on the host
+// (its stand-ins, and for a pod's first container the supervisor and the
+// hypervisor) in the cgroup that config.json names, so that whoever looks at the
+// host's cgroups sees what the container really uses, and so that a guest that
+// breaks out of its own limits meets the host's.
+//
+// It works with cgroup v1 and v2, through the file system or through systemd;
+// github.com/opencontainers/cgroups, the code of runc, does that. What is here
+// is what differs in a VM: the limits leave room for the VM itself, rules for
+// devices are the guest's business, and processes join later than the cgroup is
+// made.
+//
+// A Group is used by one goroutine at a time.
+package hostcgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/cgroups"
+	cgroupfs "github.com/opencontainers/cgroups/fs"
+	"github.com/opencontainers/cgroups/fs2"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/cgroups/systemd"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// What a VM needs beside what its container is allowed. docs/limits.md has the
+// measurements.
+const (
+	// MemoryOverhead is added to limits of memory, in bytes: the guest's kernel
+	// and agent, the heap and the translated code of the hypervisor, supervisor
+	// and stand-ins.
+	MemoryOverhead = 256 << 20
+	// PidsOverhead is added to limits of tasks: threads of the hypervisor (up to
+	// 64 of them serve files), the supervisor's, and those of the stand-ins.
+	PidsOverhead = 1024
+)
+
+// ErrUnavailable is wrapped by errors that say that this host does not let
+// cgroups be written; a container can do without.
+var ErrUnavailable = errors.New("the cgroup cannot be used")
+
+// Group is a container's cgroup on the host. Its directories need not exist.
+type Group struct {
+	m      cgroups.Manager
+	name   string
+	origin map[string]string // where the calling process was before it joined
+}
+
+// config is what the library is told. path and id are those of New.
+func config(path, id string, viaSystemd bool) (*cgroups.Cgroup, error) {
+	c := &cgroups.Cgroup{Systemd: viaSystemd, Resources: &cgroups.Resources{SkipDevices: true}}
+	switch {
+	case viaSystemd && path == "":
+		c.ScopePrefix, c.Name = "runv", id
+	case viaSystemd:
+		parts := strings.Split(path, ":")
+		if len(parts) != 3 {
+			return nil, fmt.Errorf("linux.cgroupsPath: is %q, want slice:prefix:name, as --systemd-cgroup asks", path)
+		}
+		if _, err := systemd.ExpandSlice(parts[0]); parts[0] != "" && parts[0] != "-.slice" && err != nil {
+			return nil, fmt.Errorf("linux.cgroupsPath: %q is not the name of a slice", parts[0])
+		}
+		c.Parent, c.ScopePrefix, c.Name = parts[0], parts[1], parts[2]
+		if c.Name == "" {
+			return nil, fmt.Errorf("linux.cgroupsPath: %q names no unit", path)
+		}
+	case path == "":
+		c.Name = id
+	default:
+		// As runc does it: what is absolute is below the root of each hierarchy,
+		// what is relative below the cgroup of the calling process, and neither
+		// leaves it.
+		clean := filepath.Clean("/" + path)
+		if clean == "/" {
+			return nil, fmt.Errorf("linux.cgroupsPath: %q is the root of the hierarchy, want a cgroup below it", path)
+		}
+		if !filepath.IsAbs(path) {
+			clean = clean[1:]
+		}
+		c.Path = clean
+	}
+	return c, nil
+}
+
+// New describes the cgroup at linux.cgroupsPath. An empty path stands for one
+// beside or below the cgroup of the calling process, named by id, as runc
+// chooses. Nothing is made yet.
+func New(path, id string, viaSystemd bool) (*Group, error) {
+	c, err := config(path, id, viaSystemd)
+	if err != nil {
+		return nil, err
+	}
+	if viaSystemd && !systemd.IsRunningSystemd() {
+		return nil, errors.New("--systemd-cgroup: systemd is not running on this host")
+	}
+	var m cgroups.Manager
+	if !cgroups.IsCgroup2UnifiedMode() && !viaSystemd {
+		m, err = newV1(c)
+	} else {
+		m, err = manager.New(c)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cgroup %q: %w: %w", path, ErrUnavailable, err)
+	}
+	return &Group{m: m, name: display(path, id)}, nil
+}
+
+func newV1(c *cgroups.Cgroup) (cgroups.Manager, error) {
+	m, err := cgroupfs.NewManager(c, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(m.GetPaths()) == 0 {
+		return nil, errors.New("no hierarchy of cgroup v1 is mounted")
+	}
+	return m, nil
+}
+
+// newV2 is for a hierarchy that is mounted elsewhere; tests use it.
+func newV2(c *cgroups.Cgroup, dir string) (*Group, error) {
+	m, err := fs2.NewManager(c, dir)
+	if err != nil {
+		return nil, err
+	}
+	return &Group{m: m, name: dir}, nil
+}
+
+func display(path, id string) string {
+	if path == "" {
+		return id
+	}
+	return path
+}
+
+// Make makes the cgroup and moves processes into it. On an error nothing is
+// left of it. The calling process may be one of them: see Leave.
+func (g *Group) Make(pids ...int) (err error) {
+	if len(pids) == 0 {
+		return errors.New("make cgroup: no process is to join it")
+	}
+	if g.origin, err = whereabouts(); err != nil {
+		return fmt.Errorf("make cgroup %s: %w: %w", g.name, ErrUnavailable, err)
+	}
+	defer func() {
+		if err != nil {
+			g.Leave(pids...)
+			_ = g.Remove()
+		}
+	}()
+	if err := g.m.Apply(pids[0]); err != nil {
+		return fmt.Errorf("make cgroup %s: %w", g.name, unavailable(err))
+	}
+	return g.Add(pids[1:]...)
+}
+
+// Add moves further processes into the cgroup. One that has ended is left out.
+func (g *Group) Add(pids ...int) error {
+	for _, pid := range pids {
+		if in, err := g.holds(pid); in || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := g.add(pid); err != nil {
+			return fmt.Errorf("move process %d into cgroup %s: %w", pid, g.name, unavailable(err))
+		}
+	}
+	return nil
+}
+
+func (g *Group) add(pid int) error {
+	err := g.m.AddPid("", pid)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+// holds says whether a process is in the cgroup already, which is much cheaper
+// to read than to write.
+func (g *Group) holds(pid int) (bool, error) {
+	in, all, err := g.count(pid)
+	return all > 0 && in == all, err
+}
+
+// partly says whether a process is in the cgroup in some hierarchies.
+func (g *Group) partly(pid int) bool {
+	in, _, err := g.count(pid)
+	return err == nil && in > 0
+}
+
+// count says in how many of the cgroup's hierarchies a process is.
+func (g *Group) count(pid int) (in, all int, err error) {
+	now, err := cgroups.ParseCgroupFile(filepath.Join("/proc", strconv.Itoa(pid), "cgroup"))
+	if err != nil {
+		return 0, 0, err
+	}
+	paths := g.m.GetPaths()
+	for controller, dir := range paths {
+		if at := now[controller]; at != "" && at != "/" && (dir == at || strings.HasSuffix(dir, at)) {
+			in++
+		}
+	}
+	return in, len(paths), nil
+}
+
+// Leave moves processes of the cgroup to where the calling process was before
+// Make, so that the cgroup can be removed. Those that are elsewhere stay there.
+func (g *Group) Leave(pids ...int) {
+	for _, pid := range pids {
+		if in, err := g.holds(pid); !in || err != nil {
+			// Make may have got through to a part of the hierarchies only.
+			if err != nil || !g.partly(pid) {
+				continue
+			}
+		}
+		for _, dir := range g.origin {
+			// One that was removed meanwhile has a parent that was not.
+			for ; len(dir) > 1; dir = filepath.Dir(dir) {
+				err := cgroups.WriteCgroupProc(dir, pid)
+				if err == nil || errors.Is(err, unix.ESRCH) {
+					break
+				}
+			}
+		}
+	}
+}
+
+// whereabouts finds the directory of every hierarchy that the calling process is
+// in, by controller.
+func whereabouts() (map[string]string, error) {
+	at, err := cgroups.ParseCgroupFile("/proc/self/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	dirs := make(map[string]string)
+	if cgroups.IsCgroup2UnifiedMode() {
+		dirs[""] = filepath.Join(fs2.UnifiedMountpoint, at[""])
+		return dirs, nil
+	}
+	mounts, err := cgroups.GetCgroupMounts(true)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mounts {
+		if len(m.Subsystems) == 0 {
+			continue
+		}
+		own, ok := at[m.Subsystems[0]]
+		if !ok {
+			continue
+		}
+		below, err := filepath.Rel(m.Root, own)
+		if err != nil || strings.HasPrefix(below, "..") {
+			below = "."
+		}
+		dirs[m.Subsystems[0]] = filepath.Join(m.Mountpoint, below)
+	}
+	return dirs, nil
+}
+
+// Dirs are the directories of the cgroup, for Remove after this process's end.
+func (g *Group) Dirs() []string {
+	var dirs []string
+	for _, d := range g.m.GetPaths() {
+		if d != "" && !slices.Contains(dirs, d) {
+			dirs = append(dirs, d)
+		}
+	}
+	slices.Sort(dirs)
+	return dirs
+}
+
+// OOMKills counts how many processes of the cgroup the host's kernel has killed
+// for want of memory.
+func (g *Group) OOMKills() uint64 {
+	n, err := g.m.OOMKillCount()
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// Remove removes the cgroup, once no process is in it.
+func (g *Group) Remove() error {
+	if c, err := g.m.GetCgroups(); err == nil && c.Systemd {
+		if err := g.m.Destroy(); err != nil {
+			return fmt.Errorf("remove cgroup %s: %w", g.name, err)
+		}
+		return nil
+	}
+	return Remove(g.Dirs())
+}
+
+// removeWait bounds how long processes that were killed may take to be gone.
+const removeWait = 2 * time.Second
+
+// Remove removes directories of cgroups. Those that are gone are no error.
+// Nothing below them is touched: runv makes nothing there.
+func Remove(dirs []string) error {
+	deadline := time.Now().Add(removeWait)
+	var errs []error
+	for _, dir := range dirs {
+		if !filepath.IsAbs(dir) || !isCgroup(dir) {
+			continue
+		}
+		pause := time.Millisecond
+		for {
+			err := unix.Rmdir(dir)
+			if err == nil || errors.Is(err, unix.ENOENT) {
+				break
+			}
+			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+				errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+				break
+			}
+			<-time.After(pause)
+			pause = min(2*pause, 50*time.Millisecond)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// isCgroup says whether dir is a directory of a cgroup hierarchy below its root.
+func isCgroup(dir string) bool {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return false
+	}
+	if int64(st.Type) != unix.CGROUP_SUPER_MAGIC && int64(st.Type) != unix.CGROUP2_SUPER_MAGIC {
+		return false
+	}
+	var own, parent unix.Stat_t
+	return unix.Stat(dir, &own) == nil && unix.Stat(filepath.Dir(dir), &parent) == nil && own.Dev == parent.Dev
+}
+
+// unavailable marks errors that mean that nobody could write this cgroup here,
+// in contrast to those of a value that the kernel refuses.
+func unavailable(err error) error {
+	for _, e := range []error{fs.ErrPermission, fs.ErrNotExist, unix.EROFS, unix.EBUSY, unix.EOPNOTSUPP, unix.ENODEV, unix.ENOSYS} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+	}
+	return err
+}
+
+// Fields names the limits that a cgroup of the host would keep.
+func Fields(r *specs.LinuxResources) []string {
+	var fields []string
+	for _, p := range parts {
+		if _, ok := p.of(r); ok {
+			fields = append(fields, p.field)
+		}
+	}
+	return fields
+}
+
+// Any says whether resources hold a limit that a cgroup of the host has.
+func Any(r *specs.LinuxResources) bool {
+	return len(Fields(r)) > 0
+}
