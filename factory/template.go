@@ -10,9 +10,11 @@ import (
 
 	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/template"
+	"github.com/hyperhq/runv/trace"
 )
 
-// Policy says what a template is to a factory.
+// Policy says what a template is to a factory. It is not the text that
+// NewFromPolicy takes, which package policy is about.
 type Policy string
 
 // The policies.
@@ -37,8 +39,9 @@ func ParsePolicy(s string) (Policy, error) {
 	return "", fmt.Errorf("template policy is %q, want %q, %q or %q", s, Required, Preferred, Off)
 }
 
-// ErrTooLarge is wrapped if a VM is asked for that is larger than the template.
-var ErrTooLarge = errors.New("the template is too small")
+// ErrTooLarge is wrapped if a VM is asked for that is larger than the template,
+// or than every size that the factory has.
+var ErrTooLarge = errors.New("too small")
 
 // FromTemplate is the factory that clones the template in a directory. A VM that
 // asks for less than the template has gets the template's size: memory costs
@@ -87,69 +90,82 @@ func (f *fromTemplate) GetVM(ctx context.Context, c hypervisor.Config) (hypervis
 		return nil, err
 	}
 	f.warn("")
-	v, err := f.clone(ctx, c)
+	v, release, err := clone(ctx, f.driver, f.dir, &c)
 	if err == nil {
-		return v, nil
+		return watch(v, release), nil
 	}
 	if ctx.Err() != nil || f.policy == Required {
 		return nil, err
 	}
-	line := fmt.Sprintf("vm %s boots, though a template is preferred: %v", c.Name, err)
-	glog.Warning(line)
+	line := bootsInstead(c.Name, err)
 	f.warn(line)
 	return f.driver.Start(ctx, c)
-}
-
-func (f *fromTemplate) clone(ctx context.Context, c hypervisor.Config) (_ hypervisor.VM, err error) {
-	t, err := template.Open(f.dir)
-	if err != nil {
-		return nil, err
-	}
-	defer t.Close()
-	m := t.Manifest()
-	if c.VCPUs > m.VCPUs {
-		return nil, fmt.Errorf("template %s: %w: it has %d vcpus, %d are asked for", f.dir, ErrTooLarge, m.VCPUs, c.VCPUs)
-	}
-	if c.MemoryMiB > m.MemoryMiB {
-		return nil, fmt.Errorf("template %s: %w: it has %d MiB of memory, %d are asked for", f.dir, ErrTooLarge, m.MemoryMiB, c.MemoryMiB)
-	}
-	c.VCPUs, c.MemoryMiB = m.VCPUs, m.MemoryMiB
-	s, release, err := t.Acquire(ctx)
-	if err != nil {
-		return nil, err
-	}
-	v, err := f.driver.Clone(ctx, c, s)
-	if err != nil {
-		release()
-		return nil, fmt.Errorf("template %s: %w", f.dir, err)
-	}
-	return newClone(v, release), nil
 }
 
 // Close has nothing to give up: what is acquired belongs to the VMs.
 func (f *fromTemplate) Close() {}
 
-// clone is a VM that gives its template back when it has ended.
-type clone struct {
+// bootsInstead logs why a VM is booted, and returns that line.
+func bootsInstead(name string, err error) string {
+	line := fmt.Sprintf("vm %s boots, though a template is preferred: %v", name, err)
+	glog.Warning(line)
+	return line
+}
+
+// clone makes a clone of the template in dir. It has the template's size, which
+// c says then, too. release is to be called when it has ended.
+func clone(ctx context.Context, d hypervisor.Driver, dir string, c *hypervisor.Config) (_ hypervisor.VM, release func(), err error) {
+	t, err := template.Open(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer t.Close()
+	m := t.Manifest()
+	if c.VCPUs > m.VCPUs {
+		return nil, nil, fmt.Errorf("template %s is %w: it has %d vcpus, %d are asked for", dir, ErrTooLarge, m.VCPUs, c.VCPUs)
+	}
+	if c.MemoryMiB > m.MemoryMiB {
+		return nil, nil, fmt.Errorf("template %s is %w: it has %d MiB of memory, %d are asked for", dir, ErrTooLarge, m.MemoryMiB, c.MemoryMiB)
+	}
+	end := trace.Begin(ctx, "take the template")
+	s, release, err := t.Acquire(ctx)
+	end()
+	if err != nil {
+		return nil, nil, err
+	}
+	sized := *c
+	sized.VCPUs, sized.MemoryMiB = m.VCPUs, m.MemoryMiB
+	v, err := d.Clone(ctx, sized, s)
+	if err != nil {
+		release()
+		return nil, nil, fmt.Errorf("template %s: %w", dir, err)
+	}
+	*c = sized
+	return v, release, nil
+}
+
+// watched is a VM after whose end something is given back.
+type watched struct {
 	hypervisor.VM
 	done chan struct{}
 }
 
-func newClone(v hypervisor.VM, release func()) *clone {
-	c := &clone{VM: v, done: make(chan struct{})}
+// watch calls release once, when v has ended, and before Done tells so.
+func watch(v hypervisor.VM, release func()) *watched {
+	w := &watched{VM: v, done: make(chan struct{})}
 	go func() { // ends with the VM
 		<-v.Done()
 		release()
-		close(c.done)
+		close(w.done)
 	}()
-	return c
+	return w
 }
 
-// Done is closed when the VM has ended and its template has been given back.
-func (c *clone) Done() <-chan struct{} { return c.done }
+// Done is closed when the VM has ended and what it used has been given back.
+func (w *watched) Done() <-chan struct{} { return w.done }
 
 // Exit tells how the VM ended, after Done.
-func (c *clone) Exit() hypervisor.Exit {
-	<-c.done
-	return c.VM.Exit()
+func (w *watched) Exit() hypervisor.Exit {
+	<-w.done
+	return w.VM.Exit()
 }
