@@ -7,6 +7,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/hyperhq/runv/client"
+	"github.com/hyperhq/runv/trace"
 )
 
 const idUsage = "Where \"<container-id>\" is the name of the container."
@@ -73,7 +74,9 @@ func (a *app) create(ctx context.Context, cmd *cli.Command, detached bool) (_ *c
 	if err := preserveFDs(cmd); err != nil {
 		return nil, err
 	}
+	end := trace.Begin(ctx, "read and translate the bundle")
 	spec, req, network, err := a.request(cmd, cmd.Args().First())
+	end()
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/hyperhq/runv/bundle"
 	"github.com/hyperhq/runv/client"
 	"github.com/hyperhq/runv/ocispec"
+	"github.com/hyperhq/runv/trace"
 )
 
 // execFailed is runc's exit code for an exec that did not come to be.
@@ -83,6 +84,8 @@ func (a *app) exec(ctx context.Context, cmd *cli.Command) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	end := trace.Begin(ctx, "read and translate the process")
+	defer func() { end() }()
 	process, err := execProcess(cmd, ct)
 	if err != nil {
 		return 0, err
@@ -91,6 +94,7 @@ func (a *app) exec(ctx context.Context, cmd *cli.Command) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	end()
 	detach, socket := cmd.Bool("detach"), cmd.String("console-socket")
 	if err := checkConsole(ap.Terminal, detach, socket); err != nil {
 		return 0, err
@@ -118,7 +122,9 @@ func (a *app) exec(ctx context.Context, cmd *cli.Command) (int, error) {
 	}
 	x.release()
 	sig.forward(x.pass(p))
+	end = trace.Begin(ctx, "the program runs")
 	exit, err := p.Wait()
+	end()
 	if err != nil {
 		return 0, err
 	}

@@ -19,10 +19,12 @@ import (
 	"github.com/hyperhq/runv/config"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 	"github.com/hyperhq/runv/version"
 )
 
 func main() {
+	begun := trace.Now()
 	// The roles that are started often or live long need nothing of what
 	// follows.
 	if len(os.Args) > 1 {
@@ -30,14 +32,14 @@ func main() {
 		case standin.Command:
 			standin.Main(os.Args[2:])
 		case client.SuperviseCommand:
-			superviseMain(os.Args[2:])
+			superviseMain(os.Args[2:], begun)
 		case holdCommand:
 			holdTemplateMain(os.Args[2:])
 		}
 	}
 	// Descriptors that a caller left open are not for the processes started here.
 	_ = unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC)
-	os.Exit(runMain(os.Args))
+	os.Exit(runMain(os.Args, begun))
 }
 
 // app is one run of the command line.
@@ -45,6 +47,8 @@ type app struct {
 	config config.Config
 	client *client.Client
 	log    *logger
+	begun  trace.Mark
+	trace  *tracing
 	// configFlags are the flags made from the settings, in their order.
 	configFlags []cli.Flag
 }
@@ -74,10 +78,13 @@ func exitWith(code int) error {
 }
 
 // runMain runs one command and returns the exit code.
-func runMain(args []string) int {
-	a := &app{config: config.Default(), log: newLogger()}
+func runMain(args []string, begun trace.Mark) int {
+	a := &app{config: config.Default(), log: newLogger(), begun: begun}
 	defer a.log.close()
 	err := a.command().Run(context.Background(), args)
+	if terr := a.trace.close(); terr != nil && err == nil {
+		err = terr
+	}
 	if err == nil {
 		return 0
 	}
@@ -139,6 +146,7 @@ func (a *app) command() *cli.Command {
 			&cli.StringFlag{Name: "config", Usage: "configuration file", DefaultText: config.DefaultPath, TakesFile: true},
 			&cli.BoolFlag{Name: "systemd-cgroup", Usage: "expect cgroupsPath to be of form \"slice:prefix:name\" for e.g. \"system.slice:runc:434234\""},
 			&cli.StringFlag{Name: "rootless", Value: "auto", Usage: "whether the caller is not root ('true', 'false', or 'auto')"},
+			&cli.StringFlag{Name: "trace", TakesFile: true, Usage: "write what the time was spent with to this file, as a Chrome trace"},
 			&cli.StringFlag{Name: "criu", Hidden: true, Usage: "accepted and ignored: a virtual machine is not checkpointed by criu"},
 		}, a.configFlags...),
 		Commands: []*cli.Command{
@@ -214,6 +222,9 @@ func (a *app) before(ctx context.Context, cmd *cli.Command) (context.Context, er
 		return ctx, lerr
 	}
 	if err != nil {
+		return ctx, err
+	}
+	if ctx, a.trace, err = openTrace(ctx, cmd.String("trace"), cmd.Args().First(), a.begun); err != nil {
 		return ctx, err
 	}
 	switch r := cmd.String("rootless"); r {

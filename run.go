@@ -6,6 +6,8 @@ import (
 
 	"github.com/urfave/cli/v3"
 	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/trace"
 )
 
 func (a *app) runCommand() *cli.Command {
@@ -46,12 +48,15 @@ func (a *app) run(ctx context.Context, cmd *cli.Command) (code int, err error) {
 	whole := ctx
 	ctx, sig := catchSignals(ctx)
 	defer sig.end()
+	end := trace.Begin(ctx, "create")
 	c, err := a.create(ctx, cmd, detach)
+	end()
 	if err != nil {
 		return 0, err
 	}
 	defer c.io.close()
 	remove := func() {
+		defer trace.Begin(ctx, "delete")()
 		if derr := a.client.Delete(whole, id, true); derr != nil {
 			if err == nil && code == 0 {
 				err = derr
@@ -66,7 +71,10 @@ func (a *app) run(ctx context.Context, cmd *cli.Command) (code int, err error) {
 			return 0, err
 		}
 	}
-	if err := a.client.Start(ctx, id); err != nil {
+	end = trace.Begin(ctx, "start")
+	err = a.client.Start(ctx, id)
+	end()
+	if err != nil {
 		c.io.close()
 		remove()
 		_, _ = c.process.Wait()
@@ -77,7 +85,9 @@ func (a *app) run(ctx context.Context, cmd *cli.Command) (code int, err error) {
 	}
 	c.io.release()
 	sig.forward(c.io.pass(c.process))
+	end = trace.Begin(ctx, "the program runs")
 	exit, err := c.process.Wait()
+	end()
 	if err != nil {
 		return 0, err
 	}

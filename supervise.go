@@ -17,19 +17,20 @@ import (
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/supervisor"
+	"github.com/hyperhq/runv/trace"
 	"github.com/hyperhq/runv/version"
 )
 
 // superviseMain is the supervisor of one pod, as package client starts it: args
 // are the store's root, the sandbox id, and "debug" or "normal". What it prints
 // is the pod's supervisor.log. It does not return.
-func superviseMain(args []string) {
+func superviseMain(args []string, begun trace.Mark) {
 	if len(args) != 3 {
 		_, _ = fmt.Fprintln(os.Stderr, "runv supervise is started by runv itself")
 		os.Exit(1)
 	}
 	setupGlog(args[2] == "debug")
-	err := supervise(args[0], args[1])
+	err := supervise(args[0], args[1], begun)
 	if err != nil {
 		// One line, and the last: whoever waits for an answer quotes it.
 		_, _ = fmt.Fprintln(os.Stderr, oneLine(err.Error()))
@@ -40,7 +41,7 @@ func superviseMain(args []string) {
 	os.Exit(0)
 }
 
-func supervise(root, sandboxID string) error {
+func supervise(root, sandboxID string, begun trace.Mark) error {
 	// Little is alive at a time, and the process lives as long as the pod.
 	debug.SetGCPercent(50)
 	// A terminal that is closed somewhere is no reason to end. The signals are
@@ -66,6 +67,7 @@ func supervise(root, sandboxID string) error {
 		Store:      state.Open(root),
 		SandboxID:  sandboxID,
 		Version:    version.String(),
+		Begun:      begun,
 		HostMounts: hostMounts,
 		Factory:    newFactory,
 	})

@@ -34,6 +34,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 // SuperviseCommand is the hidden sub-command of Program that is a supervisor.
@@ -251,7 +252,10 @@ func (c *Client) call(ctx context.Context, id string, stopped string, f func(*co
 // Start runs the program of a created container.
 func (c *Client) Start(ctx context.Context, id string) error {
 	return c.call(ctx, id, "cannot start a container that has stopped", func(s *conn, _ *Container) error {
-		_, err := s.Start(ctx, &supervisorv1.StartRequest{Id: id})
+		end := trace.Begin(ctx, "supervisor: start")
+		resp, err := s.Start(ctx, &supervisorv1.StartRequest{Id: id, TraceSinceUnixNano: since(ctx)})
+		end()
+		collect(ctx, resp.GetTrace(), err)
 		return fromRPC(ctx, err)
 	})
 }

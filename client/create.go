@@ -15,6 +15,7 @@ import (
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 // CreateOptions is what Create needs beside the container itself.
@@ -57,6 +58,8 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 			u.run()
 		}
 	}()
+	end := trace.Begin(ctx, "reserve the id")
+	defer func() { end() }()
 	if err := c.o.Store.Reserve(req.Id); err != nil {
 		return nil, err
 	}
@@ -81,14 +84,18 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	open.add(func() { _ = dir.Close() })
 
+	end()
 	if req.SandboxId == req.Id {
+		end = trace.Begin(ctx, "start supervisor")
 		if sup, err = c.supervise(dir, req.Id); err != nil {
 			return nil, err
 		}
 		u.add(sup.end)
 		open.add(sup.release)
+		end()
 	}
-	p, err := c.standIn(dir, req.Id, "", o.Stdio, o.Network)
+	end = trace.Begin(ctx, "start stand-in")
+	p, err := c.standIn(ctx, dir, req.Id, "", o.Stdio, o.Network)
 	if err != nil {
 		return nil, err
 	}
@@ -96,6 +103,8 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	if req.StandIn, err = p.ref(); err != nil {
 		return nil, err
 	}
+	end()
+	end = trace.Begin(ctx, "supervisor: create")
 	s, err := dialDir(ctx, dir)
 	if err != nil {
 		if sup != nil && ctx.Err() == nil {
@@ -107,7 +116,10 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	// everything back.
 	open.add(s.close)
 	u.add(s.close)
+	req.TraceSinceUnixNano = since(ctx)
 	resp, err := s.Create(ctx, req)
+	end()
+	collect(ctx, resp.GetTrace(), err)
 	if err != nil {
 		if _, ok := answered(err); !ok && sup != nil && ctx.Err() == nil {
 			s.close()
@@ -220,7 +232,9 @@ func (c *Client) Exec(ctx context.Context, o ExecOptions) (p *Process, err error
 		}
 		defer dir.Close()
 		execID := randomID()
-		if p, err = c.standIn(dir, o.ID, execID, o.Stdio, NetworkHost); err != nil {
+		end := trace.Begin(ctx, "start stand-in")
+		defer func() { end() }()
+		if p, err = c.standIn(ctx, dir, o.ID, execID, o.Stdio, NetworkHost); err != nil {
 			return err
 		}
 		// A process whose stand-in is gone is killed by the supervisor.
@@ -229,10 +243,15 @@ func (c *Client) Exec(ctx context.Context, o ExecOptions) (p *Process, err error
 		if err != nil {
 			return err
 		}
-		if _, err := s.Exec(ctx, &supervisorv1.ExecRequest{
+		end()
+		end = trace.Begin(ctx, "supervisor: exec")
+		resp, err := s.Exec(ctx, &supervisorv1.ExecRequest{
 			Id: o.ID, ExecId: execID, StandIn: ref, Process: o.Process,
-			Stdio: o.Stdio.agent(), IgnorePaused: o.IgnorePaused,
-		}); err != nil {
+			Stdio: o.Stdio.agent(), IgnorePaused: o.IgnorePaused, TraceSinceUnixNano: since(ctx),
+		})
+		end()
+		collect(ctx, resp.GetTrace(), err)
+		if err != nil {
 			return fromRPC(ctx, err)
 		}
 		return started(p, o.Stdio, o.PidFile)

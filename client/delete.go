@@ -15,6 +15,7 @@ import (
 	"github.com/hyperhq/runv/hooks"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 // Delete removes a container that has stopped or was never started, with force
@@ -53,6 +54,7 @@ func (c *Client) Delete(ctx context.Context, id string, force bool) error {
 	if err := c.deleteByCall(ctx, ct); err != nil {
 		return err
 	}
+	defer trace.Begin(ctx, "remove what is left")()
 	return c.finish(ctx, ct)
 }
 
@@ -117,6 +119,7 @@ func (c *Client) deleteByCall(ctx context.Context, ct *Container) error {
 	}
 	limited, cancel = context.WithTimeout(ctx, endLimit)
 	defer cancel()
+	defer trace.Begin(ctx, "wait for the supervisor's end")()
 	if err := ct.Supervisor.Wait(limited); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -135,7 +138,9 @@ func (c *Client) callDelete(ctx context.Context, ct *Container) error {
 		return err
 	}
 	defer s.close()
-	_, err = s.Delete(ctx, &supervisorv1.DeleteRequest{Id: ct.ID, Force: true})
+	defer trace.Begin(ctx, "supervisor: delete")()
+	resp, err := s.Delete(ctx, &supervisorv1.DeleteRequest{Id: ct.ID, Force: true, TraceSinceUnixNano: since(ctx)})
+	collect(ctx, resp.GetTrace(), err)
 	return fromRPC(ctx, err)
 }
 

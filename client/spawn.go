@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 // Stdio is what a process in the guest is given. The files stay the caller's.
@@ -127,10 +129,13 @@ func (p *Process) ref() (*supervisorv1.StandIn, error) {
 }
 
 // standIn starts the stand-in of a process. dir is the pod's directory.
-func (c *Client) standIn(dir *os.File, id, execID string, io Stdio, network string) (*Process, error) {
+func (c *Client) standIn(ctx context.Context, dir *os.File, id, execID string, io Stdio, network string) (*Process, error) {
 	cmd := exec.Command(c.o.Program, standin.Args(id, execID, io.streams())...)
 	cmd.Args[0] = "runv"
 	cmd.Env = standin.Env()
+	if trace.From(ctx) != nil {
+		cmd.Env = append(cmd.Env, standin.TraceEnv+"=1")
+	}
 	cmd.ExtraFiles = []*os.File{dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if io.Terminal != nil {

@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/trace"
 )
 
 // Command is the hidden sub-command that Main implements.
@@ -28,9 +30,17 @@ func Env() []string {
 	return []string{"GODEBUG=asyncpreemptoff=1"}
 }
 
+// TraceEnv is a variable that, if it is set, makes a stand-in tell the
+// supervisor what its start took.
+const TraceEnv = "RUNV_TRACE"
+
 // Main is a stand-in process: args are those of Args behind Command. It does
 // not return.
 func Main(args []string) {
+	var begun trace.Mark
+	if os.Getenv(TraceEnv) != "" {
+		begun = trace.Now()
+	}
 	if len(args) != 3 {
 		_, _ = os.Stderr.WriteString("runv shim is started by runv itself\n")
 		os.Exit(1)
@@ -52,6 +62,7 @@ func Main(args []string) {
 		Streams: s,
 		In:      os.Stdin, Out: os.Stdout, Err: os.Stderr,
 		Signals: AllSignals,
+		Begun:   begun,
 	})
 	if err != nil {
 		exit = Exit{Signal: unix.SIGKILL}

@@ -38,6 +38,7 @@ import (
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/trace"
 )
 
 // DirFD is the descriptor on which a stand-in started by Args finds the pod's
@@ -116,6 +117,9 @@ type Options struct {
 	// Signals returns the signals to pass on; nil for none. Run calls it once,
 	// before anything that can wait, and stop when it returns.
 	Signals func() (c <-chan os.Signal, stop func())
+	// Begun, unless zero, is when the process began to run: the supervisor is
+	// told how long the start took.
+	Begun trace.Mark
 }
 
 // Exit is how the guest's process ended.
@@ -177,7 +181,7 @@ func Run(ctx context.Context, o Options) (Exit, error) {
 	defer cancel()
 	wg.Go(func() { forward(ctx, sup, o, signals) })
 
-	resp, err := sup.Attach(ctx, &supervisorv1.AttachRequest{Id: o.ID, ExecId: o.ExecID})
+	resp, err := sup.Attach(ctx, &supervisorv1.AttachRequest{Id: o.ID, ExecId: o.ExecID, Trace: o.spans()})
 	if err != nil {
 		if ctx.Err() == nil {
 			p.drain(drainLost)
@@ -186,6 +190,24 @@ func Run(ctx context.Context, o Options) (Exit, error) {
 	}
 	p.drain(0)
 	return Exit{Code: int(resp.ExitCode), Signal: unix.Signal(resp.Signal), Reason: resp.Reason}, nil
+}
+
+// spans are the stand-in's own until it calls Attach.
+func (o *Options) spans() *supervisorv1.Trace {
+	if o.Begun.At.IsZero() {
+		return nil
+	}
+	span := func(name string, from, to time.Time) *supervisorv1.Span {
+		return &supervisorv1.Span{
+			Process: "stand-in", Pid: int64(os.Getpid()), Name: name,
+			StartUnixNano: from.UnixNano(), DurationNano: to.Sub(from).Nanoseconds(),
+		}
+	}
+	started := o.Begun.Started()
+	return &supervisorv1.Trace{Spans: []*supervisorv1.Span{
+		span("start of the process", started, o.Begun.At),
+		span("connect", o.Begun.At, time.Now()),
+	}}
 }
 
 // forward passes signals on until ctx ends. A signal that the supervisor

@@ -22,6 +22,7 @@ import (
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hooks"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 var (
@@ -211,9 +212,13 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	c.op <- struct{}{}
 	defer func() { <-c.op }()
 	defer s.settled(c)
+	end := trace.Begin(ctx, "write record")
 	if err := s.save(c); err != nil {
 		return err
 	}
+	end()
+	end = trace.Begin(ctx, "share")
+	defer func() { end() }()
 
 	s.mu.Lock()
 	sh := s.share
@@ -242,6 +247,8 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 
+	end()
+
 	// The guest boots while the hooks run.
 	var m *machine
 	u.add(func() {
@@ -266,6 +273,8 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		g.Go(func() error {
 			// The lifecycle's steps 3 and 4 come after the environment's
 			// creation: created, as crun says too, and engines expect.
+			gctx := trace.Thread(gctx, "hooks")
+			defer trace.Begin(gctx, "prestart and createRuntime hooks")()
 			st := c.ociState(specs.StateCreated)
 			if err := s.hooks.Run(gctx, hooks.Prestart, hostHooks(h.Prestart), st); err != nil {
 				return err
@@ -314,9 +323,11 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return err
 	}
+	end = trace.Begin(ctx, "write record")
 	if err := s.apply(c, evBuilt); err != nil {
 		return err
 	}
+	end()
 	s.mu.Lock()
 	gone := ctx.Err() != nil || s.cause != nil
 	if !gone {

@@ -20,6 +20,7 @@ import (
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 const (
@@ -64,13 +65,19 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		return nil, err
 	}
 	cfg.ConsoleLog = s.consoleLog()
+	defer trace.Begin(ctx, "virtual machine")()
+	end := trace.Begin(ctx, "find the driver")
 	f, driver, err := s.o.Factory(ctx, vm)
+	end()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
 	m := &machine{driver: driver}
-	if m.vm, err = f.GetVM(ctx, cfg); err != nil {
+	end = trace.Begin(ctx, "start it")
+	m.vm, err = f.GetVM(ctx, cfg)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -89,7 +96,10 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	s.mu.Lock()
 	c.record.VM = m.process
 	s.mu.Unlock()
-	if err := s.save(c); err != nil {
+	end = trace.Begin(ctx, "write record")
+	err = s.save(c)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	conn, err := m.vm.DialAgent(ctx)

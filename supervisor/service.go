@@ -99,6 +99,7 @@ func (v *service) Create(ctx context.Context, req *supervisorv1.CreateRequest) (
 	if err := v.s.checkCreate(req); err != nil {
 		return nil, err
 	}
+	ctx, call := v.s.traced(ctx, req.TraceSinceUnixNano, processKey{req.Id, ""})
 	ctx, done, err := v.s.begin(ctx)
 	if err != nil {
 		return answer[supervisorv1.CreateResponse](nil, err)
@@ -106,7 +107,12 @@ func (v *service) Create(ctx context.Context, req *supervisorv1.CreateRequest) (
 	defer done()
 	resp := new(supervisorv1.CreateResponse)
 	warn := func(line string) { resp.Warnings = append(resp.Warnings, line) }
-	return answer(resp, v.s.create(ctx, req, warn))
+	if err := v.s.create(ctx, req, warn); err != nil {
+		_, err = answer(resp, err)
+		return nil, call.fail(err)
+	}
+	resp.Trace = call.spans()
+	return resp, nil
 }
 
 // Start implements the API.
@@ -115,6 +121,7 @@ func (v *service) Start(ctx context.Context, req *supervisorv1.StartRequest) (*s
 	if err != nil {
 		return nil, err
 	}
+	ctx, call := v.s.traced(ctx, req.TraceSinceUnixNano, processKey{req.Id, ""})
 	ctx, done, err := v.s.begin(ctx)
 	if err != nil {
 		return nil, status.Error(codes.FailedPrecondition, "cannot start a container that has stopped")
@@ -125,7 +132,8 @@ func (v *service) Start(ctx context.Context, req *supervisorv1.StartRequest) (*s
 	if errors.As(err, &destroy) {
 		v.s.destroy(c)
 	}
-	return answer(&supervisorv1.StartResponse{}, err)
+	resp, err := answer(&supervisorv1.StartResponse{Trace: call.spans()}, err)
+	return resp, call.fail(err)
 }
 
 // destroy deletes a container without asking anybody.
@@ -149,13 +157,15 @@ func (v *service) Exec(ctx context.Context, req *supervisorv1.ExecRequest) (*sup
 	if err != nil {
 		return nil, err
 	}
+	ctx, call := v.s.traced(ctx, req.TraceSinceUnixNano, processKey{req.Id, req.ExecId})
 	ctx, done, err := v.s.begin(ctx)
 	if err != nil {
 		return nil, status.Error(codes.FailedPrecondition, "cannot exec in a stopped container")
 	}
 	defer done()
 	pid, err := v.s.exec(ctx, c, req)
-	return answer(&supervisorv1.ExecResponse{GuestPid: pid}, err)
+	resp, err := answer(&supervisorv1.ExecResponse{GuestPid: pid, Trace: call.spans()}, err)
+	return resp, call.fail(err)
 }
 
 // await returns a process as soon as it exists: stand-ins are there first.
@@ -179,6 +189,7 @@ func (s *Supervisor) await(ctx context.Context, key processKey) (*process, error
 
 // Attach implements the API.
 func (v *service) Attach(ctx context.Context, req *supervisorv1.AttachRequest) (*supervisorv1.AttachResponse, error) {
+	v.s.arrived(processKey{req.Id, req.ExecId}, req.Trace)
 	p, err := v.s.await(ctx, processKey{req.Id, req.ExecId})
 	if err != nil {
 		return answer[supervisorv1.AttachResponse](nil, err)
@@ -295,14 +306,17 @@ func (v *service) Delete(ctx context.Context, req *supervisorv1.DeleteRequest) (
 	if !req.Force && st != stopped && st != created {
 		return nil, status.Errorf(codes.FailedPrecondition, "cannot delete container %s that is not stopped: %s", req.Id, st)
 	}
+	ctx, call := s.traced(ctx, req.TraceSinceUnixNano, processKey{})
 	if req.Id == s.o.SandboxID {
 		s.removeSandbox()
-		return &supervisorv1.DeleteResponse{}, nil
+		return &supervisorv1.DeleteResponse{Trace: s.ended(req.TraceSinceUnixNano)}, nil
 	}
 	ctx, done, err := s.begin(ctx)
 	if err != nil {
 		return answer[supervisorv1.DeleteResponse](nil, err)
 	}
 	defer done()
-	return answer(&supervisorv1.DeleteResponse{}, s.remove(ctx, c))
+	err = s.remove(ctx, c)
+	resp, err := answer(&supervisorv1.DeleteResponse{Trace: call.spans()}, err)
+	return resp, call.fail(err)
 }

@@ -37,6 +37,7 @@ import (
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/hooks"
 	"github.com/hyperhq/runv/state"
+	"github.com/hyperhq/runv/trace"
 )
 
 // Time limits that no caller's context sets.
@@ -73,6 +74,8 @@ type Options struct {
 	Factory FactoryFunc
 	// Hosted: the process goes on when Serve has returned.
 	Hosted bool
+	// Begun is when the process began to run, for traces; optional.
+	Begun trace.Mark
 	// HostMounts is the mount namespace in which the sources of mounts are
 	// looked up and hooks run; nil: the process's own.
 	HostMounts *os.File
@@ -81,6 +84,7 @@ type Options struct {
 // Supervisor is one pod.
 type Supervisor struct {
 	o     Options
+	begun time.Time // by New
 	hooks hooks.Runner
 	self  state.ProcessRef
 	// newShare makes the pod's shared directory, shareName in a directory.
@@ -113,7 +117,9 @@ type Supervisor struct {
 	inFlight   int           // calls that hold the end of the pod up
 	idle       *sync.Cond    // signalled when inFlight is 0
 	stdio      stdioQueue
-	vmRequest  *supervisorv1.VM // of the sandbox container
+	ends       *trace.Recorder                     // of the end of the pod; nil unless a call is traced
+	standIns   map[processKey][]*supervisorv1.Span // of those that have come, until a call takes them
+	vmRequest  *supervisorv1.VM                    // of the sandbox container
 	times      startTimes
 
 	events *eventLog
@@ -136,6 +142,7 @@ func New(o Options) *Supervisor {
 	}
 	s := &Supervisor{
 		o:          o,
+		begun:      time.Now(),
 		hooks:      hooks.Runner{MountNS: o.HostMounts},
 		self:       state.Self(),
 		newShare:   func(dir string, host *os.File) (sharer, error) { return newShare(dir, host) },
@@ -254,17 +261,21 @@ func (s *Supervisor) finish() {
 	for s.inFlight > 0 {
 		s.idle.Wait()
 	}
-	e, m, sh := s.cause, s.machine, s.share
+	e, m, sh, ends := s.cause, s.machine, s.share, s.ends
 	s.mu.Unlock()
+	defer ends.Begin("end of the pod")()
 
 	// The host must find what the container wrote before it hears of its end.
 	if m != nil && e.flush {
 		ctx, cancel := context.WithTimeout(s.life, flushTimeout)
+		end := ends.Begin("flush the guest's files")
 		if _, err := m.client.Shutdown(ctx, &agentv1.ShutdownRequest{}); err != nil {
 			glog.Warningf("pod %s: flush the guest's files: %v", s.o.SandboxID, err)
 		}
+		end()
 		cancel()
 	}
+	end := ends.Begin("write records")
 	killed := exit{signal: uint32(unix.SIGKILL), reason: e.reason}
 	for _, c := range s.allContainers() {
 		x := killed
@@ -276,14 +287,23 @@ func (s *Supervisor) finish() {
 	for _, p := range s.allProcesses() {
 		p.finish(killed)
 	}
+	end()
 	if m != nil {
+		end = ends.Begin("end the virtual machine")
 		m.close()
+		end()
 	}
+	end = ends.Begin("wait for stand-ins")
 	s.drain()
+	end()
 	if sh != nil {
+		end = ends.Begin("unmount the share")
 		sh.close()
+		end()
 	}
 	s.endLife()
+	end = ends.Begin("remove what is left")
+	defer end()
 	s.settle()
 	close(s.gone)
 }

@@ -165,3 +165,20 @@ func Begin(ctx context.Context, name string) (end func()) { return From(ctx).Beg
 func Thread(ctx context.Context, name string) context.Context {
 	return With(ctx, From(ctx).Thread(name))
 }
+
+// Since is when the trace begins: with its first span, or now. The zero time is
+// that of a nil recorder.
+func (r *Recorder) Since() time.Time {
+	if r == nil {
+		return time.Time{}
+	}
+	r.log.mu.Lock()
+	defer r.log.mu.Unlock()
+	since := time.Now()
+	for _, s := range r.log.list {
+		if s.Start.Before(since) {
+			since = s.Start
+		}
+	}
+	return since
+}

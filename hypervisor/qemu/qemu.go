@@ -32,6 +32,7 @@ import (
 
 	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/hypervisor/qemu/qmp"
+	"github.com/hyperhq/runv/trace"
 )
 
 var (
@@ -166,7 +167,9 @@ func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if err := s.Check(); err != nil {
 		return nil, err
 	}
+	end := trace.Begin(ctx, "compare with the template")
 	now, err := d.Fingerprint(ctx, c)
+	end()
 	if err != nil {
 		return nil, err
 	}
@@ -322,9 +325,14 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if err != nil {
 		return nil, err
 	}
-	if v.proc, err = d.spawn(c, args, files); err != nil {
+	end := trace.Begin(ctx, "start qemu")
+	begun := time.Now()
+	v.proc, err = d.spawn(c, args, files)
+	end()
+	if err != nil {
 		return nil, err
 	}
+	row := trace.From(ctx).Process("qemu", v.proc.p.Pid)
 	// It fits into the pipe. That QEMU has gone already is found out below.
 	_, _ = lifeline.WriteString(lifelineConfig)
 	child.run()
@@ -341,8 +349,9 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	var g qmp.Greeting
 	if s == nil {
 		g, err = v.qmp.Handshake(ctx)
+		row.Record("start until it speaks QMP", begun, time.Since(begun))
 	} else {
-		g, err = v.load(ctx, s.Device)
+		g, err = v.load(trace.With(ctx, row), s.Device, begun)
 	}
 	if err != nil {
 		if ctx.Err() == nil && errors.Is(err, qmp.ErrClosed) {
@@ -361,7 +370,7 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 
 // load gives a QEMU that waits for it the state of its devices, and returns when
 // the guest runs.
-func (v *vm) load(ctx context.Context, device []byte) (g qmp.Greeting, err error) {
+func (v *vm) load(ctx context.Context, device []byte, begun time.Time) (g qmp.Greeting, err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return g, err
@@ -403,6 +412,9 @@ func (v *vm) load(ctx context.Context, device []byte) (g qmp.Greeting, err error
 	if g, err = v.qmp.Greeting(ctx); err != nil {
 		return g, err
 	}
+	row := trace.From(ctx)
+	row.Record("start until it speaks QMP", begun, time.Since(begun))
+	defer row.Begin("load the devices")()
 	for _, p := range sent {
 		if err := p.Wait(ctx, nil); err != nil {
 			return g, err
