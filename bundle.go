@@ -34,6 +34,8 @@ func (a *app) request(cmd *cli.Command, id string) (*specs.Spec, *supervisorv1.C
 		Config:        &a.config,
 		SystemdCgroup: cmd.Bool("systemd-cgroup"),
 		NoPivot:       cmd.Bool("no-pivot"),
+		Pod:           cmd.String("pod"),
+		Pods:          a.client,
 		Warn:          a.log.warning,
 	})
 }

@@ -27,6 +27,7 @@ func creationFlags() []cli.Flag {
 		&cli.StringFlag{Name: "bundle", Aliases: []string{"b"}, Value: ".", HideDefault: true, TakesFile: true, Usage: "path to the root of the bundle directory, defaults to the current directory"},
 		&cli.StringFlag{Name: "console-socket", TakesFile: true, Usage: "path to an AF_UNIX socket which will receive a file descriptor referencing the master end of the console's pseudoterminal"},
 		&cli.StringFlag{Name: "pid-file", TakesFile: true, Usage: "specify the file to write the process id to"},
+		&cli.StringFlag{Name: "pod", Usage: "join the pod of this sandbox container: its virtual machine, network, ipc and uts namespaces and /dev/shm"},
 		&cli.BoolFlag{Name: "no-pivot", Usage: "accepted: the guest always uses pivot_root, which its ramdisk does not hinder"},
 		&cli.BoolFlag{Name: "no-new-keyring", Usage: "accepted: session keyrings of the host do not reach into a virtual machine"},
 		&cli.IntFlag{Name: "preserve-fds", Usage: "only 0: open files of the host cannot be passed into a virtual machine"},
@@ -42,7 +43,8 @@ func (a *app) createCommand() *cli.Command {
 
 The create command creates an instance of a container for a bundle. The bundle
 is a directory with a specification file named "config.json" and a root
-filesystem. It boots the container's virtual machine.
+filesystem. It boots the container's virtual machine, or makes the container in
+that of the pod that --pod, an annotation or a namespace's path names.
 
 ` + argsUsage,
 		Flags: creationFlags(),

@@ -28,17 +28,23 @@ type containerState struct {
 	Created     time.Time         `json:"created"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	Owner       string            `json:"owner"`
+	// SandboxID is the pod that the container has joined; empty: its own.
+	SandboxID string `json:"sandboxId,omitempty"`
 	// Why the container ended, if that was not its own doing.
 	OOMKilled bool   `json:"oomKilled,omitempty"`
 	Reason    string `json:"reason,omitempty"`
 }
 
 func stateOf(c *client.Container) containerState {
-	return containerState{
+	s := containerState{
 		Version: c.OCIVersion, ID: c.ID, Pid: c.Pid(), Status: string(c.Status), Bundle: c.Bundle,
 		Rootfs: c.Rootfs, Created: c.Created, Annotations: c.Annotations, Owner: userName(c.Owner),
 		OOMKilled: c.OOMKilled, Reason: c.Reason,
 	}
+	if c.SandboxID != c.ID {
+		s.SandboxID = c.SandboxID
+	}
+	return s
 }
 
 // userName is the name of a user of the host, or #uid.

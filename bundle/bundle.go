@@ -55,6 +55,11 @@ type Options struct {
 	// SystemdCgroup says that cgroupsPath is one of systemd's.
 	SystemdCgroup bool
 	NoPivot       bool
+	// Pod is the sandbox container whose pod the container joins, if a person
+	// said so; empty: config.json alone decides.
+	Pod string
+	// Pods tells which containers could be joined; nil: none.
+	Pods Pods
 	// Warn gets what the caller should know although it is no failure.
 	Warn func(line string)
 }
@@ -73,8 +78,21 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 	if err != nil {
 		return nil, nil, "", err
 	}
+	pod, err := findPod(&o, spec)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	sandboxID := o.ID
+	if s := pod.sandbox; s != nil {
+		sandboxID = s.ID
+		vm.Vcpus, vm.MemoryMib = s.VCPUs, s.MemoryMiB
+	}
 	req, err := ocispec.Translate(spec, ocispec.Options{
 		ID:            o.ID,
+		SandboxID:     sandboxID,
+		Shared:        pod.shared,
+		Namespace:     pod.owner(spec),
+		SharedMemory:  sharedMemory,
 		Bundle:        o.Dir,
 		VM:            vm,
 		MaxVCPUs:      uint32(runtime.NumCPU()),
@@ -90,7 +108,7 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 	if req.Cgroup != nil {
 		req.Cgroup.Required = o.Config.RequireCgroup
 	}
-	network, err := Network(spec)
+	network, err := pod.network(spec, req.GetVm().GetNetwork() == ocispec.NetworkUser)
 	return spec, req, network, err
 }
 
@@ -146,24 +164,26 @@ func hostMemoryMiB() uint32 {
 	return uint32(uint64(si.Totalram) * uint64(si.Unit) >> 20)
 }
 
-// Network is where a container's stand-in lives.
-func Network(spec *specs.Spec) (string, error) {
+// network is the network namespace that a configuration asks for, as
+// client.CreateOptions has it, and the field that says so.
+func network(spec *specs.Spec) (path, field string, err error) {
 	if spec.Linux == nil {
-		return client.NetworkHost, nil
+		return client.NetworkHost, "", nil
 	}
 	for i, ns := range spec.Linux.Namespaces {
 		if ns.Type != specs.NetworkNamespace {
 			continue
 		}
 		if ns.Path == "" {
-			return client.NetworkNew, nil
+			return client.NetworkNew, "", nil
 		}
+		field := fmt.Sprintf("linux.namespaces[%d].path", i)
 		if err := checkNetwork(ns.Path); err != nil {
-			return "", fmt.Errorf("linux.namespaces[%d].path: %w", i, err)
+			return "", "", fmt.Errorf("%s: %w", field, err)
 		}
-		return ns.Path, nil
+		return ns.Path, field, nil
 	}
-	return client.NetworkHost, nil
+	return client.NetworkHost, "", nil
 }
 
 // checkNetwork says why path is not a network namespace, if it is none.

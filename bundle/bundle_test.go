@@ -22,12 +22,12 @@ func TestNetwork(t *testing.T) {
 		{ns(specs.NetworkNamespace, ""), client.NetworkNew},
 		{ns(specs.NetworkNamespace, "/proc/self/ns/net"), "/proc/self/ns/net"},
 	} {
-		if got, err := Network(tc.spec); err != nil || got != tc.want {
+		if got, _, err := network(tc.spec); err != nil || got != tc.want {
 			t.Errorf("%q, %v; want %q", got, err, tc.want)
 		}
 	}
 	for _, path := range []string{"/not/here", "/proc/self/ns/uts", "/dev/null"} {
-		if got, err := Network(ns(specs.NetworkNamespace, path)); err == nil || !strings.Contains(err.Error(), "linux.namespaces[1].path") {
+		if got, _, err := network(ns(specs.NetworkNamespace, path)); err == nil || !strings.Contains(err.Error(), "linux.namespaces[1].path") {
 			t.Errorf("%s: %q, %v", path, got, err)
 		}
 	}

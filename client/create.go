@@ -75,6 +75,11 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 		return nil, err
 	}
 	open.add(unlock)
+	if req.SandboxId != req.Id {
+		if err := c.joinable(req.SandboxId); err != nil {
+			return nil, err
+		}
+	}
 	dir, err := c.o.Store.OpenDir(req.SandboxId)
 	if err != nil {
 		if errors.Is(err, state.ErrNotFound) {
@@ -146,6 +151,24 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	}
 	u.keep()
 	return p, nil
+}
+
+// joinable says why a container cannot join a pod, as far as records tell.
+func (c *Client) joinable(sandboxID string) error {
+	ct, err := c.Get(sandboxID)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return newError(ErrNotFound, "sandbox %q does not exist", sandboxID)
+	case err != nil:
+		return err
+	case ct.HalfMade && ct.Status == state.Creating:
+		return newError(ErrWrongState, "the sandbox container %q is not created yet", sandboxID)
+	case ct.HalfMade || ct.Record.Status == state.Stopped || !ct.Supervisor.Alive():
+		return newError(ErrWrongState, "the sandbox container %q has stopped, and its VM with it", sandboxID)
+	case ct.SandboxID != sandboxID:
+		return newError(ErrInvalid, "container %q is no sandbox: it belongs to the pod of %q", sandboxID, ct.SandboxID)
+	}
+	return nil
 }
 
 // takeBack is the last step of a creation that failed: all that it started has

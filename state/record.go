@@ -68,6 +68,10 @@ type Record struct {
 	// VM is the hypervisor's process, which dies with the supervisor but a moment
 	// later; no process before there is one.
 	VM          ProcessRef        `json:"vm,omitzero"`
+	// VCPUs and MemoryMiB are the size of the pod's VM, in the record of its
+	// sandbox container.
+	VCPUs       uint32            `json:"vcpus,omitempty"`
+	MemoryMiB   uint32            `json:"memoryMiB,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 	// Cgroups are the directories on the host that were made for the container.
 	Cgroups []string `json:"cgroups,omitempty"`

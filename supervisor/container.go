@@ -75,6 +75,9 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		StandIn: standIn, Supervisor: s.self, Hosted: s.o.Hosted, Annotations: req.Annotations,
 		PoststopHooks: c.poststop, Terminal: req.Container.Process.GetTerminal(), Owner: int(dir.Uid),
 	}
+	if req.Vm != nil {
+		c.record.VCPUs, c.record.MemoryMiB = vmSize(req.Vm)
+	}
 	return c
 }
 

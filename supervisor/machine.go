@@ -135,11 +135,12 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 // VMConfig translates what a request asks of its VM. A template is made with it
 // too: it must have the devices of the VMs that are cloned from it.
 func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Config, error) {
+	vcpus, memory := vmSize(vm)
 	c := hypervisor.Config{
 		Name:         name,
 		Machine:      vm.Machine,
-		VCPUs:        max(1, int(vm.Vcpus)),
-		MemoryMiB:    int(vm.MemoryMib),
+		VCPUs:        int(vcpus),
+		MemoryMiB:    int(memory),
 		Kernel:       vm.Kernel,
 		Initrd:       vm.Initrd,
 		KernelParams: vm.KernelParams,
@@ -148,9 +149,6 @@ func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Co
 		VsockPort:    agentv1.VsockPort,
 		Shares:       []hypervisor.Share{{Tag: agentv1.ShareTag, Path: sharePath}},
 		Confine:      vm.QemuSandbox,
-	}
-	if c.MemoryMiB == 0 {
-		c.MemoryMiB = defaultMemoryMiB
 	}
 	switch vm.Transport {
 	case "":
@@ -167,6 +165,15 @@ func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Co
 		return c, status.Errorf(codes.InvalidArgument, "vm.network is %q, want \"none\" or \"user\"", vm.Network)
 	}
 	return c, nil
+}
+
+// vmSize is the size of the VM that a request asks for: processors and MiB.
+func vmSize(vm *supervisorv1.VM) (vcpus, memoryMiB uint32) {
+	vcpus, memoryMiB = max(vm.Vcpus, 1), vm.MemoryMib
+	if memoryMiB == 0 {
+		memoryMiB = defaultMemoryMiB
+	}
+	return vcpus, memoryMiB
 }
 
 // randomCID is a vsock address. The kernel refuses one that is in use; among

@@ -57,6 +57,9 @@ func (v *service) Info(context.Context, *supervisorv1.InfoRequest) (*supervisorv
 	}
 	if s.machine != nil {
 		resp.VmPid, resp.Driver = int32(s.machine.vm.Pid()), s.machine.driver
+		if s.vmRequest != nil {
+			resp.Vcpus, resp.MemoryMib = vmSize(s.vmRequest)
+		}
 	}
 	for id := range s.containers {
 		resp.ContainerIds = append(resp.ContainerIds, id)
