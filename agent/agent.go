@@ -42,6 +42,7 @@ type Agent struct {
 
 	// configuring is held while the sandbox is being configured.
 	configuring sync.Mutex
+	networked   bool // guarded by configuring; UpdateNetwork may be called
 
 	mu         sync.Mutex
 	configured bool                  // guarded by mu

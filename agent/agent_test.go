@@ -37,6 +37,7 @@ type fakeSystem struct {
 	machine  string
 	mounted  []string
 	dhcp     int
+	networks []*agentv1.NetworkConfig
 	mac      net.HardwareAddr
 	syncs    int
 	settled  int
@@ -80,6 +81,9 @@ func (f *fakeSystem) SetHostname(s string) error {
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
 func (f *fakeSystem) DHCP(_ context.Context, mac net.HardwareAddr) error {
 	return f.call("dhcp", func() { f.dhcp++; f.mac = mac })
+}
+func (f *fakeSystem) ConfigureNetwork(cfg *agentv1.NetworkConfig) error {
+	return f.call("network", func() { f.networks = append(f.networks, cfg) })
 }
 func (f *fakeSystem) HideCards() error { return f.call("hide", func() {}) }
 func (f *fakeSystem) Interfaces() ([]*agentv1.NetworkStats, error) {

@@ -96,6 +96,8 @@ type System interface {
 	// DHCP gives the first network card the hardware address mac, unless that is
 	// nil, and configures it.
 	DHCP(ctx context.Context, mac net.HardwareAddr) error
+	// ConfigureNetwork makes the network cards what cfg says, which is checked.
+	ConfigureNetwork(cfg *agentv1.NetworkConfig) error
 	// HideCards leaves the guest with loopback only.
 	HideCards() error
 	// Processes describes those of the pids that still exist.

@@ -268,32 +268,6 @@ func TestResolvConfIsClean(t *testing.T) {
 	}
 }
 
-func TestFirstCard(t *testing.T) {
-	links := []netlink.Link{}
-	add := func(name string, index int, mac net.HardwareAddr, parent string) {
-		links = append(links, &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: name, Index: index, HardwareAddr: mac, ParentDev: parent}})
-	}
-	add("lo", 1, make(net.HardwareAddr, 6), "")
-	if _, err := firstCard(links); !errors.Is(err, errNoCard) {
-		t.Errorf("no card: %v", err)
-	}
-	add("eth1", 10, net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}, "virtio1")
-	add("eth9", 9, net.HardwareAddr{0x52, 0x54, 0, 0x0a, 0xff, 2}, "virtio2")
-	add("eth11", 11, net.HardwareAddr{0x52, 0x54, 0, 0, 0, 3}, "virtio3")
-	c, err := firstCard(links)
-	if err != nil || c.Attrs().Name != "eth9" || c.Attrs().HardwareAddr.String() != "52:54:00:0a:ff:02" {
-		t.Errorf("%+v, %v", c, err)
-	}
-	for _, mac := range []net.HardwareAddr{nil, make(net.HardwareAddr, 20)} {
-		n := len(links)
-		add("eth0", 2, mac, "virtio0")
-		if _, err := firstCard(links); err == nil {
-			t.Errorf("a card with address %q", mac)
-		}
-		links = links[:n]
-	}
-}
-
 func TestParseStat(t *testing.T) {
 	i := new(agentv1.ProcessInfo)
 	name, err := parseStat([]byte("7 (a) b) S 1 7 7 34817 7 0 0 0 0 0 12 5 0 0 20 0 1 0 12345 0 0"), 1000, i)

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -21,28 +20,6 @@ import (
 const macLen = 6
 
 var errNoCard = errors.New("the guest has no network card")
-
-// firstCard finds the card with the lowest index.
-func firstCard(links []netlink.Link) (netlink.Link, error) {
-	var first netlink.Link
-	for _, l := range links {
-		a := l.Attrs()
-		// Interfaces that are not hardware, such as lo, have no parent device.
-		if a.ParentDev == "" {
-			continue
-		}
-		if len(a.HardwareAddr) != macLen {
-			return nil, fmt.Errorf("card %s: address is %q, want that of an Ethernet card", a.Name, a.HardwareAddr)
-		}
-		if first == nil || a.Index < first.Attrs().Index {
-			first = l
-		}
-	}
-	if first == nil {
-		return nil, errNoCard
-	}
-	return first, nil
-}
 
 // linkUp sets a network interface up.
 func linkUp(name string) error {
@@ -85,15 +62,7 @@ func setAddress(card netlink.Link, mac net.HardwareAddr) error {
 // DHCP implements System. The lease is not renewed: its server is the
 // hypervisor's own, which gives an address to one guest and never takes it back.
 func (g *Guest) DHCP(ctx context.Context, mac net.HardwareAddr) error {
-	// The driver takes its cards before it is loaded.
-	if err := g.modules.load(cardDriver); err != nil && !errors.Is(err, errNoModule) {
-		return err
-	}
-	links, err := netlink.LinkList()
-	if err != nil {
-		return fmt.Errorf("list network cards: %w", err)
-	}
-	card, err := firstCard(links)
+	card, err := g.userCard()
 	if err != nil {
 		return err
 	}
@@ -114,30 +83,9 @@ func (g *Guest) DHCP(ctx context.Context, mac net.HardwareAddr) error {
 	return os.WriteFile(ResolvConf, l.resolvConf(), 0o644)
 }
 
-// cardDriver is the driver of the VM's network cards, as a module and in sysfs.
-const cardDriver = "virtio_net"
-
 // HideCards implements System: it takes the cards from their driver, if that is
 // built into the kernel or was loaded for something else.
-func (g *Guest) HideCards() error {
-	driver := filepath.Join("/sys/bus/virtio/drivers", cardDriver)
-	entries, err := os.ReadDir(driver)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), "virtio") {
-			continue
-		}
-		if err := os.WriteFile(filepath.Join(driver, "unbind"), []byte(e.Name()), 0); err != nil {
-			return fmt.Errorf("take card %s from its driver: %w", e.Name(), err)
-		}
-	}
-	return nil
-}
+func (g *Guest) HideCards() error { return g.cards.hide() }
 
 // configureCard sets a card up, gets a lease by it and gives it what that says.
 func configureCard(ctx context.Context, card netlink.Link) (*lease, error) {

@@ -87,15 +87,23 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		undo = append(undo, f)
 	}
 	phase("network")
-	if req.Network.GetMode() == agentv1.Network_MODE_DHCP {
+	switch req.Network.GetMode() {
+	case agentv1.Network_MODE_DHCP:
 		// checkSandbox has read it.
 		mac, _ := cardAddress(req.Network.GetMacAddress())
 		if err := a.system.DHCP(ctx, mac); err != nil {
 			return fmt.Errorf("configure network by dhcp: %w", err)
 		}
-	} else if err := a.system.HideCards(); err != nil {
-		return err
+	case agentv1.Network_MODE_NAMESPACE:
+		if err := a.system.ConfigureNetwork(req.Network.GetConfig()); err != nil {
+			return fmt.Errorf("configure network: %w", err)
+		}
+	default:
+		if err := a.system.HideCards(); err != nil {
+			return err
+		}
 	}
+	a.networked = req.Network.GetMode() == agentv1.Network_MODE_NAMESPACE
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.configured, a.sandbox = true, req.SandboxId
@@ -125,6 +133,10 @@ func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
 	}
 	switch m := req.Network.GetMode(); m {
 	case agentv1.Network_MODE_UNSPECIFIED, agentv1.Network_MODE_NONE, agentv1.Network_MODE_DHCP:
+	case agentv1.Network_MODE_NAMESPACE:
+		if err := checkNetwork(req.Network.Config); err != nil {
+			return err
+		}
 	default:
 		return invalid(fmt.Sprintf("network.mode is %d", m))
 	}

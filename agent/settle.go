@@ -98,6 +98,10 @@ func (g *Guest) Settle(ctx context.Context) error {
 			g.log.Print(err)
 		}
 	}
+	// No card is plugged: a clone may be of a pod without a network.
+	if err := g.loadCardDriver(); err != nil && !errors.Is(err, errNoModule) {
+		g.log.Print(err)
+	}
 	return nil
 }
 

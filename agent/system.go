@@ -24,12 +24,16 @@ type Guest struct {
 	log     *log.Logger
 	loaded  chan struct{}
 	modules *modules // set when loaded is closed
+
+	// The agent calls what uses these one at a time.
+	cards   cards
+	network podNetwork
 }
 
 // NewGuest returns the guest that this process is pid 1 of, and begins to load
 // its modules. It ends that early if ctx does.
 func NewGuest(ctx context.Context, log *log.Logger) *Guest {
-	g := &Guest{log: log, loaded: make(chan struct{})}
+	g := &Guest{log: log, loaded: make(chan struct{}), cards: cards{bus: virtioBus, devices: make(map[int]string)}}
 	go func() {
 		defer close(g.loaded)
 		g.modules = readModules("/", log)
