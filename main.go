@@ -236,10 +236,17 @@ func (a *app) before(ctx context.Context, cmd *cli.Command) (context.Context, er
 		return ctx, fmt.Errorf("--root: %w", err)
 	}
 	a.config = c
+	factoryDir, err := a.factoryDir()
+	if err != nil {
+		return ctx, err
+	}
 	a.client = client.New(client.Options{
-		Store: state.Open(c.Root),
-		Debug: c.Debug,
-		Warn:  func(err error) { a.log.warning(oneLine(err.Error())) },
+		Store:      state.Open(c.Root),
+		FactoryDir: factoryDir,
+		Version:    version.String(),
+		Debug:      c.Debug,
+		Warn:       func(err error) { a.log.warning(oneLine(err.Error())) },
+		Debugf:     a.log.debugf,
 	})
 	return ctx, nil
 }

@@ -15,9 +15,9 @@ func (a *app) manageCommand() *cli.Command {
 		Name:  "manage",
 		Usage: "manage what runv keeps on this machine",
 		Description: `The manage command has sub-commands for what an administrator does once: it makes
-the kernel and the initrd that virtual machines boot, and the templates that they are
-cloned from.`,
-		Commands: []*cli.Command{a.buildGuestCommand(), a.createTemplateCommand(), a.removeTemplateCommand(), a.listTemplatesCommand()},
+the kernel and the initrd that virtual machines boot, the templates that they are
+cloned from, and the factory that keeps some of them ready.`,
+		Commands: []*cli.Command{a.buildGuestCommand(), a.createTemplateCommand(), a.removeTemplateCommand(), a.listTemplatesCommand(), a.factoryCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if name := cmd.Args().First(); name != "" {
 				return fmt.Errorf("no command is named %q; 'runv manage --help' lists them", "manage "+name)

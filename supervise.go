@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -25,12 +26,16 @@ import (
 // are the store's root, the sandbox id, and "debug" or "normal". What it prints
 // is the pod's supervisor.log. It does not return.
 func superviseMain(args []string, begun trace.Mark) {
-	if len(args) != 3 {
-		_, _ = fmt.Fprintln(os.Stderr, "runv supervise is started by runv itself")
-		os.Exit(1)
+	var err error
+	switch {
+	case len(args) == 2 && args[0] == standbyFlag:
+		err = superviseStandby(begun)
+	case len(args) == 3:
+		setupGlog(args[2] == "debug")
+		err = supervise(args[0], args[1], begun)
+	default:
+		err = errors.New("runv supervise is started by runv itself")
 	}
-	setupGlog(args[2] == "debug")
-	err := supervise(args[0], args[1], begun)
 	if err != nil {
 		// One line, and the last: whoever waits for an answer quotes it.
 		_, _ = fmt.Fprintln(os.Stderr, oneLine(err.Error()))
@@ -42,12 +47,7 @@ func superviseMain(args []string, begun trace.Mark) {
 }
 
 func supervise(root, sandboxID string, begun trace.Mark) error {
-	// Little is alive at a time, and the process lives as long as the pod.
-	debug.SetGCPercent(50)
-	// A terminal that is closed somewhere is no reason to end. The signals are
-	// taken and dropped rather than ignored: hooks would inherit that.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	ctx, stop := supervisorContext()
 	defer stop()
 	api, err := inherited(client.APIListenerFD, "api")
 	if err != nil {
@@ -72,6 +72,16 @@ func supervise(root, sandboxID string, begun trace.Mark) error {
 		Factory:    newFactory,
 	})
 	return s.Serve(ctx, api, stdio, lifeline)
+}
+
+// supervisorContext sets the process up and returns a context that SIGTERM ends.
+func supervisorContext() (context.Context, context.CancelFunc) {
+	// Little is alive at a time, and the process lives as long as the pod.
+	debug.SetGCPercent(50)
+	// A terminal that is closed somewhere is no reason to end. The signals are
+	// taken and dropped rather than ignored: hooks would inherit that.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGPIPE)
+	return signal.NotifyContext(context.Background(), unix.SIGTERM)
 }
 
 // newFactory finds the driver that a request asks for, and clones if it names a

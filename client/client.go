@@ -75,10 +75,17 @@ type Options struct {
 	// process, instead of starting one. It returns at once. It closes lifeline and
 	// sends what Supervisor.Serve returned when that has returned.
 	Supervise func(sandboxID string, api, io net.Listener, lifeline *os.File) <-chan error
+	// FactoryDir is the directory of the factory that is asked for a supervisor
+	// before one is started; empty: none is asked. Version is the one that the
+	// factory must have.
+	FactoryDir, Version string
 	// Debug makes supervisors write debug messages to their log.
 	Debug bool
 	// Warn is told what went wrong without making a call fail; optional.
 	Warn func(err error)
+	// Debugf is told what is of interest to somebody who looks for a fault;
+	// optional.
+	Debugf func(format string, args ...any)
 }
 
 // Client talks to the supervisors of one store. Its methods may be called from
@@ -94,6 +101,9 @@ func New(o Options) *Client {
 	}
 	if o.Warn == nil {
 		o.Warn = func(error) {}
+	}
+	if o.Debugf == nil {
+		o.Debugf = func(string, ...any) {}
 	}
 	return &Client{o: o}
 }

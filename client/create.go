@@ -92,7 +92,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	end()
 	if req.SandboxId == req.Id {
 		end = trace.Begin(ctx, "start supervisor")
-		if sup, err = c.supervise(dir, req.Id); err != nil {
+		if sup, err = c.supervise(ctx, dir, req); err != nil {
 			return nil, err
 		}
 		u.add(sup.end)

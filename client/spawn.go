@@ -15,6 +15,7 @@ import (
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/pool"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"
@@ -213,70 +214,146 @@ func listen(dir *os.File, name string) (*os.File, error) {
 	return f, nil
 }
 
-// supervisor is one that this process started.
+// supervisor is one that this process started, or had the factory give it.
 type supervisor struct {
-	cmd      *exec.Cmd // nil if it runs in this process
+	cmd      *exec.Cmd     // nil if it runs in this process, or was claimed
+	claimed  *pool.Claimed // nil unless it was claimed
+	forget   func()        // ends the watch over one that was claimed
+	orderly  bool          // a claimed one ended by itself; valid once done is closed
 	lifeline *os.File
 	log      *os.File      // nil if it runs in this process
-	done     chan struct{} // closed when it has ended and been reaped
+	done     chan struct{} // closed when it has ended and, if it is a child, been reaped
 	err      error         // how it ended, if it ran in this process; valid once done is closed
+}
+
+// sockets are what a supervisor serves and lives by.
+type sockets struct {
+	api, io           *os.File // listening
+	lifeline, creator *os.File // read end, and the write end that is the creator's
+}
+
+// open makes the sockets of a pod. They listen from here on.
+func open(dir *os.File) (_ *sockets, err error) {
+	x := new(sockets)
+	defer func() {
+		if err != nil {
+			x.close()
+			closeFile(x.creator)
+		}
+	}()
+	if x.api, err = listen(dir, supervisorv1.APISocket); err != nil {
+		return nil, err
+	}
+	if x.io, err = listen(dir, supervisorv1.IOSocket); err != nil {
+		return nil, err
+	}
+	if x.lifeline, x.creator, err = os.Pipe(); err != nil {
+		return nil, fmt.Errorf("make lifeline: %w", err)
+	}
+	return x, nil
+}
+
+// close closes what only the supervisor needs.
+func (x *sockets) close() {
+	for _, f := range []*os.File{x.api, x.io, x.lifeline} {
+		closeFile(f)
+	}
+}
+
+func closeFile(f *os.File) {
+	if f != nil {
+		_ = f.Close()
+	}
 }
 
 // supervise starts the supervisor of a sandbox whose directory is dir. Its
 // sockets are listening when supervise returns, whether it has come to accept
 // or not, so nobody ever waits for them to appear.
-func (c *Client) supervise(dir *os.File, sandboxID string) (_ *supervisor, err error) {
-	var own []*os.File // closed on this side in any case
-	defer func() {
-		for _, f := range own {
-			_ = f.Close()
-		}
-	}()
-	api, err := listen(dir, supervisorv1.APISocket)
+func (c *Client) supervise(ctx context.Context, dir *os.File, req *supervisorv1.CreateRequest) (_ *supervisor, err error) {
+	x, err := open(dir)
 	if err != nil {
 		return nil, err
-	}
-	own = append(own, api)
-	stdio, err := listen(dir, supervisorv1.IOSocket)
-	if err != nil {
-		return nil, err
-	}
-	own = append(own, stdio)
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, fmt.Errorf("make lifeline: %w", err)
 	}
 	if c.o.Supervise != nil {
-		return c.host(sandboxID, api, stdio, r, w)
+		defer closeFile(x.api)
+		defer closeFile(x.io)
+		return c.host(req.Id, x.api, x.io, x.lifeline, x.creator)
 	}
-	own = append(own, r)
+	defer func() { x.close() }()
 	logfd, err := unix.Openat(int(dir.Fd()), LogFile, unix.O_RDWR|unix.O_CREAT|unix.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		_ = w.Close()
+		closeFile(x.creator)
 		return nil, fmt.Errorf("open %s: %w", LogFile, err)
 	}
 	log := os.NewFile(uintptr(logfd), LogFile)
+	if c.o.FactoryDir != "" && req.Vm != nil {
+		s, err := c.claim(ctx, dir, req, x, log)
+		if err == nil {
+			return s, nil
+		}
+		c.o.Debugf("no supervisor from the factory: %v", err)
+		if !errors.Is(err, pool.ErrNone) {
+			// Somebody may have these sockets. Nobody can connect to them any
+			// more when there are new ones, and nobody lives by them.
+			x.close()
+			closeFile(x.creator)
+			for _, name := range []string{supervisorv1.APISocket, supervisorv1.IOSocket} {
+				_ = unix.Unlinkat(int(dir.Fd()), name, 0)
+			}
+			fresh, err := open(dir)
+			if err != nil {
+				_ = log.Close()
+				return nil, err
+			}
+			x = fresh
+		}
+	}
 
 	level := "normal"
 	if c.o.Debug {
 		level = "debug"
 	}
-	cmd := exec.Command(c.o.Program, SuperviseCommand, c.o.Store.Root(), sandboxID, level)
+	cmd := exec.Command(c.o.Program, SuperviseCommand, c.o.Store.Root(), req.Id, level)
 	cmd.Args[0] = "runv"
 	cmd.Dir = "/"
-	cmd.Env = supervisorEnv(os.Environ())
+	cmd.Env = SupervisorEnv(os.Environ())
 	cmd.Stderr = log
-	cmd.ExtraFiles = []*os.File{api, stdio, r}
+	cmd.ExtraFiles = []*os.File{x.api, x.io, x.lifeline}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS}
 	if err := cmd.Start(); err != nil {
-		_ = w.Close()
+		closeFile(x.creator)
 		_ = log.Close()
 		return nil, fmt.Errorf("start supervisor: %w", err)
 	}
-	s := &supervisor{cmd: cmd, lifeline: w, log: log, done: make(chan struct{})}
+	s := &supervisor{cmd: cmd, lifeline: x.creator, log: log, done: make(chan struct{})}
 	go func() {
 		_ = cmd.Wait()
 		close(s.done)
+	}()
+	return s, nil
+}
+
+// claim asks the factory for a supervisor that has its VM already.
+func (c *Client) claim(ctx context.Context, dir *os.File, req *supervisorv1.CreateRequest, x *sockets, log *os.File) (*supervisor, error) {
+	mounts, err := os.Open("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, fmt.Errorf("%w for this process: %w", pool.ErrNone, err)
+	}
+	defer mounts.Close()
+	claimed, err := pool.Claim(ctx, c.o.FactoryDir, &supervisorv1.Claim{
+		Version: c.o.Version, Root: c.o.Store.Root(), SandboxId: req.Id, Debug: c.o.Debug, Vm: req.Vm,
+	}, pool.Handover{API: x.api, IO: x.io, Lifeline: x.lifeline, Log: log, MountNS: mounts, Dir: dir})
+	if err != nil {
+		return nil, err
+	}
+	watch, forget := context.WithCancel(context.Background())
+	s := &supervisor{claimed: claimed, forget: forget, lifeline: x.creator, log: log, done: make(chan struct{})}
+	go func() {
+		if claimed.Process.Wait(watch) == nil {
+			s.orderly = claimed.Orderly()
+			close(s.done)
+		}
+		claimed.Close()
 	}()
 	return s, nil
 }
@@ -308,8 +385,8 @@ func (c *Client) host(sandboxID string, api, stdio, r, w *os.File) (_ *superviso
 	return s, nil
 }
 
-// supervisorEnv leaves out what is meant for the caller's own process.
-func supervisorEnv(env []string) []string {
+// SupervisorEnv is the environment of a supervisor: it leaves out what is meant for the caller's own process.
+func SupervisorEnv(env []string) []string {
 	var out []string
 	for _, kv := range env {
 		switch name, _, _ := cut(kv); name {
@@ -336,6 +413,9 @@ func (s *supervisor) release() {
 	if s.log != nil {
 		_ = s.log.Close()
 	}
+	if s.forget != nil {
+		s.forget()
+	}
 }
 
 // end tells the supervisor to end, and makes it if it does not.
@@ -353,23 +433,32 @@ func (s *supervisor) wait() {
 	select {
 	case <-s.done:
 	case <-t.C:
-		if s.cmd == nil {
+		switch {
+		case s.claimed != nil:
+			_ = s.claimed.Process.Signal(unix.SIGKILL)
+		case s.cmd == nil:
 			return // its end is this process's
+		default:
+			_ = s.cmd.Process.Kill()
 		}
-		_ = s.cmd.Process.Kill()
 		<-s.done
 	}
 }
 
 // broken reports whether the supervisor, which has ended, did not end by itself
 // and so has taken nothing back.
-func (s *supervisor) broken() bool { return s.cmd != nil && !s.cmd.ProcessState.Success() }
+func (s *supervisor) broken() bool {
+	if s.claimed != nil {
+		return !s.orderly
+	}
+	return s.cmd != nil && !s.cmd.ProcessState.Success()
+}
 
 // explain is the error for a supervisor that broke off instead of answering:
 // what it said last, or how it ended.
 func (s *supervisor) explain() error {
 	s.wait()
-	if s.cmd == nil {
+	if s.cmd == nil && s.claimed == nil {
 		select {
 		case <-s.done:
 			if s.err != nil {
@@ -381,6 +470,9 @@ func (s *supervisor) explain() error {
 	}
 	if l := lastWords(s.log); l != "" {
 		return newError(ErrUnavailable, "the supervisor ended: %s", l)
+	}
+	if s.claimed != nil {
+		return newError(ErrUnavailable, "the supervisor ended: process %d is gone", s.claimed.Process.Pid)
 	}
 	return newError(ErrUnavailable, "the supervisor ended: %s", s.cmd.ProcessState)
 }

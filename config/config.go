@@ -9,17 +9,23 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	_ "embed"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/factory/policy"
 )
 
 // DefaultPath is where the file is looked for unless a path is given.
@@ -75,8 +81,10 @@ type Config struct {
 	Network       string   `toml:"network" usage:"'none', or 'user' for QEMU's user-mode network stack"`
 	BootTimeout   Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
 	RequireCgroup bool     `toml:"require-cgroup" usage:"fail if a container's cgroup on the host cannot be made or its limits not be set there, instead of a warning"`
-	Template      string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it; empty or 'off': none"`
+	Template      string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it, or of those of --factory; empty or 'off': none"`
 
+	Factory        string `toml:"factory" usage:"sizes of VMs that are kept ready or cloned, as '{\"cache\":4,\"template\":true,\"cpu\":1,\"memory\":512}' with commas between several, or 'none'"`
+	FactoryDir     string `toml:"factory-dir" usage:"directory of the factory that keeps virtual machines ready ('runv manage factory'); empty or 'off': none is asked for one"`
 	TemplatePolicy string `toml:"template-policy" usage:"if the template does not fit: 'required' fails, 'preferred' boots with a warning; 'off' never clones"`
 }
 
@@ -93,6 +101,8 @@ func Default() Config {
 		Network:     "none",
 		BootTimeout: Duration(2 * time.Minute),
 
+		Factory:        policy.None,
+		FactoryDir:     "/run/runv/@factory",
 		TemplatePolicy: "preferred",
 	}
 }
@@ -177,8 +187,8 @@ func (c *Config) Validate() error {
 		return err
 	}
 	// The file may have the one and a flag the other.
-	if c.TemplatePolicy == "required" && c.TemplateDir() == "" {
-		return errors.New("key \"template-policy\" is \"required\", and key \"template\" names no template")
+	if c.TemplatePolicy == "required" && c.TemplateDir() == "" && len(c.Entries()) == 0 {
+		return errors.New("key \"template-policy\" is \"required\", and neither key \"template\" nor key \"factory\" names a template")
 	}
 	return nil
 }
@@ -200,6 +210,7 @@ func (c *Config) check() (key string, err error) {
 		{"kernel", c.Kernel, true},
 		{"initrd", c.Initrd, true},
 		{"template", c.Template, false},
+		{"factory-dir", c.FactoryDir, false},
 	} {
 		if p.path == "" && p.required {
 			return p.key, fmt.Errorf("key %q is empty", p.key)
@@ -235,16 +246,60 @@ func (c *Config) check() (key string, err error) {
 	case strings.ContainsAny(c.KernelParams, "\x00\n"):
 		return "kernel-params", errors.New("key \"kernel-params\" has a line break or a zero byte")
 	}
+	if _, err := policy.Parse(c.Factory); err != nil {
+		return "factory", fmt.Errorf("key \"factory\": %w", err)
+	}
 	return "", nil
 }
 
 // TemplateDir is the directory of the template that VMs are cloned from, empty
-// if they are not.
+// if they are not. With Entries it is not the whole truth, see TemplatesDir.
 func (c *Config) TemplateDir() string {
-	if c.Template == "off" || c.TemplatePolicy == "off" {
+	if c.boots() {
 		return ""
 	}
 	return c.Template
+}
+
+// boots tells whether every VM is to boot, whatever else is said.
+func (c *Config) boots() bool { return c.Template == "off" || c.TemplatePolicy == "off" }
+
+// Entries are those of the factory's policy, none if every VM is to boot. The
+// policy must have passed Validate.
+func (c *Config) Entries() []policy.Config {
+	if c.boots() {
+		return nil
+	}
+	list, err := policy.Parse(c.Factory)
+	if err != nil {
+		return nil
+	}
+	return list
+}
+
+// TemplatesDir is what the templates of Entries are in, the key template or
+// DefaultTemplates; empty if none of them has one.
+func (c *Config) TemplatesDir() string {
+	if !slices.ContainsFunc(c.Entries(), func(e policy.Config) bool { return e.Template }) {
+		return ""
+	}
+	return cmp.Or(c.Template, DefaultTemplates())
+}
+
+// DefaultTemplates is the directory that templates are in unless told otherwise:
+// below /run, or, on a machine where that is a disk, in memory all the same.
+func DefaultTemplates() string {
+	const name = "runv-templates"
+	run := filepath.Join("/run", name)
+	if inMemory("/run") || !inMemory("/dev/shm") {
+		return run
+	}
+	return filepath.Join("/dev/shm", name)
+}
+
+func inMemory(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
 }
 
 func alternatives(list []string) string {

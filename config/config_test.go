@@ -70,7 +70,19 @@ func TestTemplateIsRequired(t *testing.T) {
 	if err := c.Validate(); err != nil || c.TemplateDir() != "/run/t" {
 		t.Errorf("%v, directory %q", err, c.TemplateDir())
 	}
+	c.Template = ""
+	c.Factory = `{"template":true,"cpu":2,"memory":64}`
+	if err := c.Validate(); err != nil || c.TemplateDir() != "" || c.TemplatesDir() != DefaultTemplates() || len(c.Entries()) != 1 {
+		t.Errorf("with a factory: %v, directory %q, of templates %q, %d entries", err, c.TemplateDir(), c.TemplatesDir(), len(c.Entries()))
+	}
+	c.Template = "/run/t"
+	if dir := c.TemplatesDir(); dir != "/run/t" {
+		t.Errorf("the templates of a factory are in %q", dir)
+	}
 	c.TemplatePolicy = "off"
+	if n := len(c.Entries()); n != 0 {
+		t.Errorf("with template-policy off there are %d entries", n)
+	}
 	if dir := c.TemplateDir(); dir != "" {
 		t.Errorf("policy off clones from %q", dir)
 	}
@@ -99,6 +111,13 @@ func TestDecode(t *testing.T) {
 		{name: "params", text: "kernel-params = \"a\\nb\"\n", err: `f:1: key "kernel-params"`},
 		{name: "template", text: "template = \"/run/t\"\n", want: func(c *Config) { c.Template = "/run/t" }},
 		{name: "template required", text: "template = \"/run/t\"\ntemplate-policy = \"required\"\n", want: func(c *Config) { c.Template, c.TemplatePolicy = "/run/t", "required" }},
+		{name: "factory", text: "factory = '{\"template\":true,\"cpu\":1,\"memory\":512}'\n", want: func(c *Config) {
+			c.Factory = `{"template":true,"cpu":1,"memory":512}`
+		}},
+		{
+			name: "bad factory", text: "vcpus = 2\nfactory = '{\"cpu\":1,\"memory\":1}'\n",
+			err: `f:2: key "factory": factory policy: memory is 1, want 64 to 16777216 (character 19, near "1}")`,
+		},
 		{name: "bad policy", text: "\ntemplate-policy = \"maybe\"\n", err: `f:2: key "template-policy" is "maybe", want "required" or "preferred" or "off"`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

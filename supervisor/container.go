@@ -36,6 +36,8 @@ type container struct {
 	poststart []specs.Hook
 	poststop  []specs.Hook
 	mounts    []*supervisorv1.HostMount
+	// cgroup on the host, nil without one; set by create.
+	cgroup *cgroup
 
 	// op is held by the call that changes the container: one at a time.
 	op chan struct{}
@@ -215,6 +217,23 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	c.op <- struct{}{}
 	defer func() { <-c.op }()
 	defer s.settled(c)
+	warn = serially(warn)
+	limits := specResources(req.Cgroup.GetResources())
+	if c.cgroup, err = s.newCgroup(c.id, req.Cgroup, limits, warn); err != nil {
+		return err
+	}
+	var standby *Standby
+	if first {
+		standby = s.takeStandby()
+	}
+	if standby != nil {
+		u.add(standby.Close)
+		s.mu.Lock()
+		c.record.VM = standby.Process()
+		s.mu.Unlock()
+	}
+	// Whoever cleans up after a supervisor that was killed finds them there.
+	c.record.Cgroups, c.record.Resources = c.cgroup.dirs(), limits
 	end := trace.Begin(ctx, "write record")
 	if err := s.save(c); err != nil {
 		return err
@@ -226,7 +245,10 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	s.mu.Lock()
 	sh := s.share
 	s.mu.Unlock()
-	if first {
+	switch {
+	case standby != nil:
+		sh = standby.share
+	case first:
 		if sh, err = s.newShare(s.o.Dir, s.o.HostMounts); err != nil {
 			return err
 		}
@@ -252,6 +274,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 
 	end()
 
+	u.add(func() { c.cgroup.remove(standIn.Pid) })
 	// The guest boots while the hooks run.
 	var m *machine
 	u.add(func() {
@@ -265,9 +288,28 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		s.mu.Unlock()
 	}
 	g, gctx := errgroup.WithContext(ctx)
+	// Beside the start of the VM: the kernel may take some milliseconds for the
+	// first move of a process. What the VM allocates meanwhile is little.
+	if c.cgroup != nil {
+		g.Go(func() error {
+			defer trace.Begin(trace.Thread(gctx, "cgroup"), "cgroup")()
+			join := []int{standIn.Pid}
+			if first && standIn != s.self {
+				join = append(join, s.self.Pid)
+			}
+			if standby != nil {
+				join = append(join, standby.Process().Pid)
+			}
+			err := c.cgroup.make(s, limits, warn, join...)
+			if first {
+				s.timed(&s.times.cgroup)
+			}
+			return err
+		})
+	}
 	if first {
 		g.Go(func() (err error) {
-			m, err = s.boot(gctx, c, req, filepath.Join(s.o.Dir, shareName))
+			m, err = s.boot(gctx, c, req, filepath.Join(s.o.Dir, shareName), standby)
 			return err
 		})
 	}
@@ -326,6 +368,13 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return err
 	}
+	// The VM is up: from here on its speed is the container's.
+	if err := c.cgroup.setSpeed(limits, warn); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	c.record.Cgroups = c.cgroup.dirs() // none if they could not be made
+	s.mu.Unlock()
 	end = trace.Begin(ctx, "write record")
 	if err := s.apply(c, evBuilt); err != nil {
 		return err
@@ -350,6 +399,16 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	p.serve()
 	glog.V(1).Infof("container %s: created in %v, %v of it in the guest", c.id, time.Since(begin), time.Since(prepared))
 	return nil
+}
+
+// serially makes warnings that come from several goroutines come one by one.
+func serially(warn func(line string)) func(line string) {
+	var mu sync.Mutex
+	return func(line string) {
+		mu.Lock()
+		defer mu.Unlock()
+		warn(line)
+	}
 }
 
 // createInGuest lets the agent build the container. A VM that is made for it is
@@ -594,6 +653,7 @@ func (s *Supervisor) exec(ctx context.Context, c *container, req *supervisorv1.E
 			return 0, status.Errorf(codes.FailedPrecondition, "stand_in: %v", err)
 		}
 	}
+	defer s.joinCgroup(c, standIn)()
 	p := s.newProcess(key, req.Process, req.Stdio, standIn, pidfd)
 	// Not the caller's context: a process that nobody has heard of any more could
 	// not be taken back.
@@ -670,6 +730,7 @@ func (s *Supervisor) remove(ctx context.Context, c *container) error {
 	if p != nil {
 		p.endStandIn()
 	}
+	c.cgroup.remove()
 	c.unshare()
 	s.mu.Lock()
 	delete(s.containers, c.id)

@@ -40,6 +40,8 @@ type machine struct {
 	driver string
 	// process is the hypervisor's.
 	process state.ProcessRef
+	// oomKills is what the host had counted when the VM was started.
+	oomKills uint64
 	// warning is what the factory says of a VM that is not what was wished for.
 	warning string
 }
@@ -47,33 +49,37 @@ type machine struct {
 // warner is a factory that may give another VM than the one that was wished for.
 type warner interface{ Warning() string }
 
-// boot starts the pod's VM for its container c and returns when its agent is
-// ready for containers.
-func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.CreateRequest, sharePath string) (_ *machine, err error) {
-	vm := req.Vm
+// bootLimit is ctx with the time limit of a VM's boot.
+func bootLimit(ctx context.Context, vm *supervisorv1.VM) (context.Context, context.CancelFunc) {
 	limit := time.Duration(vm.BootTimeoutMs) * time.Millisecond
 	if limit == 0 {
 		limit = defaultBoot
 	}
 	late := status.Errorf(codes.DeadlineExceeded, "the guest did not answer within %v", limit)
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, late)
-	defer cancel()
-	begin := time.Now()
+	return context.WithTimeoutCause(ctx, limit, late)
+}
 
-	cfg, err := VMConfig(s.o.SandboxID, vm, sharePath)
-	if err != nil {
-		return nil, err
-	}
-	cfg.ConsoleLog = s.consoleLog()
-	defer trace.Begin(ctx, "virtual machine")()
+// launchOptions are what launch needs beside the VM's description.
+type launchOptions struct {
+	vm      *supervisorv1.VM
+	factory FactoryFunc
+	version string
+	// started, if not nil, is called as soon as the hypervisor runs.
+	started func(m *machine) error
+}
+
+// launch starts a VM and returns when its agent has answered. Nothing of it is
+// any pod's yet.
+func launch(ctx context.Context, cfg hypervisor.Config, o launchOptions) (_ *machine, err error) {
+	begin := time.Now()
 	end := trace.Begin(ctx, "find the driver")
-	f, driver, err := s.o.Factory(ctx, vm)
+	f, driver, err := o.factory(ctx, o.vm)
 	end()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	m := &machine{driver: driver}
+	m := &machine{driver: driver, oomKills: hostOOMKills()}
 	end = trace.Begin(ctx, "start it")
 	m.vm, err = f.GetVM(ctx, cfg)
 	end()
@@ -90,26 +96,81 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		m.warning = w.Warning()
 	}
 	up := time.Now()
-	// Written at once: whoever cleans up after a supervisor that was killed waits
-	// for the hypervisor's end. One that has ended already is nobody's concern.
+	// One that has ended already is nobody's concern.
 	m.process, _ = state.RefOf(m.vm.Pid())
-	s.mu.Lock()
-	c.record.VM = m.process
-	s.mu.Unlock()
-	end = trace.Begin(ctx, "write record")
-	err = s.save(c)
-	end()
-	if err != nil {
-		return nil, err
+	if o.started != nil {
+		if err := o.started(m); err != nil {
+			return nil, err
+		}
 	}
 	conn, err := m.vm.DialAgent(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the guest agent: %w", err)
 	}
-	if m.client, err = guest.Connect(ctx, conn, guest.Options{HostVersion: s.o.Version}); err != nil {
+	if m.client, err = guest.Connect(ctx, conn, guest.Options{HostVersion: o.version}); err != nil {
 		return nil, err
 	}
-	answered := time.Now()
+	if glog.V(1) {
+		g := m.client.Guest()
+		glog.Infof("vm %s: started in %v, agent %s on kernel %s answered after %v",
+			cfg.Name, up.Sub(begin), g.AgentVersion, g.KernelRelease, time.Since(begin))
+	}
+	return m, nil
+}
+
+// boot starts the pod's VM for its container c, or takes that of b, and returns
+// when its agent is ready for containers.
+func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.CreateRequest, sharePath string, b *Standby) (_ *machine, err error) {
+	vm := req.Vm
+	ctx, cancel := bootLimit(ctx, vm)
+	defer cancel()
+	defer trace.Begin(ctx, "virtual machine")()
+	begin := time.Now()
+	cfg, err := VMConfig(s.o.SandboxID, vm, sharePath)
+	if err != nil {
+		return nil, err
+	}
+	cfg.ConsoleLog = s.consoleLog()
+	var m *machine
+	if b != nil {
+		m = b.machine
+	} else {
+		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, started: func(m *machine) error {
+			// Written at once: whoever cleans up after a supervisor that was
+			// killed waits for the hypervisor's end.
+			defer trace.Begin(ctx, "write record")()
+			s.mu.Lock()
+			c.record.VM = m.process
+			s.mu.Unlock()
+			if err := s.save(c); err != nil {
+				return err
+			}
+			// It may have been started before this process had joined the
+			// cgroup; the guest boots meanwhile.
+			return c.cgroup.add(m.vm.Pid())
+		}})
+		if err != nil {
+			return nil, err
+		}
+	}
+	defer func() {
+		if err != nil {
+			err = m.explain(err)
+			m.close()
+		}
+	}()
+	if b != nil {
+		end := trace.Begin(ctx, "wake it")
+		select {
+		case err = <-b.awake:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		end()
+		if err != nil {
+			return nil, err
+		}
+	}
 	sandbox := &agentv1.ConfigureSandboxRequest{
 		SandboxId: s.o.SandboxID,
 		Hostname:  req.Container.GetHostname(),
@@ -124,11 +185,7 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
 		return nil, err
 	}
-	if glog.V(1) {
-		g := m.client.Guest()
-		glog.Infof("pod %s: vm started in %v, agent %s on kernel %s answered after %v, configured after %v",
-			s.o.SandboxID, up.Sub(begin), g.AgentVersion, g.KernelRelease, answered.Sub(begin), time.Since(begin))
-	}
+	glog.V(1).Infof("pod %s: the guest is configured after %v", s.o.SandboxID, time.Since(begin))
 	return m, nil
 }
 
@@ -271,5 +328,9 @@ func (s *Supervisor) watch(m *machine) {
 	case <-s.ending:
 		return
 	}
-	s.end(&ending{reason: status.Convert(cause(m.explain(err))).Message()})
+	e := &ending{reason: status.Convert(cause(m.explain(err))).Message()}
+	if why := s.hostOOM(m); why != "" {
+		e.reason, e.oom = why+"; "+e.reason, true
+	}
+	s.end(e)
 }

@@ -105,6 +105,22 @@ func newShare(dir string, host *os.File) (_ *share, err error) {
 	return s, nil
 }
 
+// move moves the mount to another directory of the same mount namespace. Who has
+// the share open, or is in a mount namespace made of this one, notices nothing.
+func (s *share) move(dir string, host *os.File) error {
+	path := filepath.Join(dir, shareName)
+	err := os.Mkdir(path, 0o700)
+	if err == nil || errors.Is(err, os.ErrExist) {
+		err = unix.MoveMount(int(s.ro.Fd()), "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	if err != nil {
+		return fmt.Errorf("move the shared directory to %s: %w", path, err)
+	}
+	_ = os.Remove(s.path)
+	s.path, s.host = path, host
+	return nil
+}
+
 // close unmounts everything. Files that the hypervisor still has open stay
 // alive as long as it does.
 func (s *share) close() {

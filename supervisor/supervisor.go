@@ -36,6 +36,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/hooks"
+	"github.com/hyperhq/runv/hostcgroup"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"
 )
@@ -72,6 +73,11 @@ type Options struct {
 	Version string
 	// Factory gives the pod its VM.
 	Factory FactoryFunc
+	// Standby, if not nil, is the VM of the pod: Factory is not asked. Serve takes
+	// it over, and calls Adopted, if that is not nil, when the standby's own
+	// directory is not needed any more.
+	Standby *Standby
+	Adopted func()
 	// Hosted: the process goes on when Serve has returned.
 	Hosted bool
 	// Begun is when the process began to run, for traces; optional.
@@ -89,6 +95,8 @@ type Supervisor struct {
 	self  state.ProcessRef
 	// newShare makes the pod's shared directory, shareName in a directory.
 	newShare func(dir string, host *os.File) (sharer, error)
+	// newGroup describes a cgroup on the host.
+	newGroup func(path, id string, systemd bool) (hostGroup, error)
 
 	// ops is the context of what a caller waits for: it ends when the pod
 	// begins to end. life is that of what serves the pod's processes: it ends
@@ -131,6 +139,8 @@ type ending struct {
 	exit *exit
 	// reason is told of every process that did not end by itself.
 	reason string
+	// oom: the host's kernel killed the VM for want of memory.
+	oom bool
 	// flush says that the guest is alive and may be asked to write its files.
 	flush bool
 }
@@ -141,10 +151,13 @@ func New(o Options) *Supervisor {
 		o.Dir = o.Store.Dir(o.SandboxID)
 	}
 	s := &Supervisor{
-		o:          o,
-		begun:      time.Now(),
-		hooks:      hooks.Runner{MountNS: o.HostMounts},
-		self:       state.Self(),
+		o:     o,
+		begun: time.Now(),
+		hooks: hooks.Runner{MountNS: o.HostMounts},
+		self:  state.Self(),
+		newGroup: func(path, id string, systemd bool) (hostGroup, error) {
+			return hostcgroup.New(path, id, systemd)
+		},
 		newShare:   func(dir string, host *os.File) (sharer, error) { return newShare(dir, host) },
 		ending:     make(chan struct{}),
 		cut:        make(chan struct{}),
@@ -166,7 +179,13 @@ func New(o Options) *Supervisor {
 // container was created ends the pod. Serve is called once.
 func (s *Supervisor) Serve(ctx context.Context, api, io net.Listener, lifeline *os.File) error {
 	srv, err := ttrpc.NewServer()
+	if err == nil && s.o.Standby != nil {
+		err = s.adopt(s.o.Standby)
+	}
 	if err != nil {
+		if b := s.takeStandby(); b != nil {
+			b.Close()
+		}
 		return fmt.Errorf("serve pod %s: %w", s.o.SandboxID, err)
 	}
 	supervisorv1.RegisterSupervisorService(srv, &service{s})
@@ -276,7 +295,7 @@ func (s *Supervisor) finish() {
 		cancel()
 	}
 	end := ends.Begin("write records")
-	killed := exit{signal: uint32(unix.SIGKILL), reason: e.reason}
+	killed := exit{signal: uint32(unix.SIGKILL), oom: e.oom, reason: e.reason}
 	for _, c := range s.allContainers() {
 		x := killed
 		if c.id == s.o.SandboxID && e.exit != nil {
@@ -301,10 +320,13 @@ func (s *Supervisor) finish() {
 		sh.close()
 		end()
 	}
+	if b := s.takeStandby(); b != nil { // there was no Create
+		b.Close()
+	}
 	s.endLife()
 	end = ends.Begin("remove what is left")
-	defer end()
 	s.settle()
+	end()
 	close(s.gone)
 }
 
@@ -344,6 +366,11 @@ func (s *Supervisor) settle() {
 	deleted, committed := s.deleted, s.committed
 	c := s.containers[s.o.SandboxID]
 	s.mu.Unlock()
+	if deleted || s.o.Hosted {
+		for _, c := range s.allContainers() {
+			c.cgroup.remove()
+		}
+	}
 	switch {
 	case deleted:
 		if err := s.o.Store.Remove(s.o.SandboxID); err != nil && !errors.Is(err, state.ErrNotFound) {
@@ -420,4 +447,7 @@ func (s *Supervisor) allProcesses() []*process {
 }
 
 // consoleLog is the file with what the guest's console printed.
-func (s *Supervisor) consoleLog() string { return filepath.Join(s.o.Dir, "console.log") }
+func (s *Supervisor) consoleLog() string { return filepath.Join(s.o.Dir, consoleName) }
+
+// consoleName is that file's name.
+const consoleName = "console.log"
