@@ -227,7 +227,12 @@ func VM(c *config.Config) (*supervisorv1.VM, error) {
 		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox,
 		BootTimeoutMs: uint32(time.Duration(c.BootTimeout).Milliseconds()),
 	}
-	if dir := c.TemplateDir(); dir != "" {
+	dir := c.TemplateDir()
+	if len(c.Entries()) > 0 {
+		vm.Factory, vm.TemplatePolicy = c.Factory, c.TemplatePolicy
+		dir = c.TemplatesDir()
+	}
+	if dir != "" {
 		if vm.Template, err = filepath.Abs(dir); err != nil {
 			return nil, fmt.Errorf("template: %w", err)
 		}

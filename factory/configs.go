@@ -127,6 +127,26 @@ func NewFromConfigs(d hypervisor.Driver, o Options, list []Config) (Factory, err
 	return f, nil
 }
 
+// ForPod is the factory of a process that needs one VM for its pod, as requests
+// to a supervisor describe it: NewFromPolicy without caches, with dir for
+// Options.Templates; or, if text has no entry, FromTemplate, or Direct if dir is
+// empty.
+func ForPod(d hypervisor.Driver, text, dir string, p Policy) (Factory, error) {
+	list, err := policy.Parse(text)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(list) == 0 && dir == "":
+		return Direct(d), nil
+	case len(list) == 0:
+		return FromTemplate(d, dir, p)
+	}
+	for i := range list {
+		list[i].Cache = 0
+	}
+	return NewFromConfigs(d, Options{Policy: p, Templates: dir}, list)
+}
+
 // TemplateDir is where the template of an entry is: base, if that is a template
 // itself, which then serves all entries up to its size, or a directory below it
 // that is named by the entry's size.
@@ -301,7 +321,7 @@ func (f *fromConfigs) launch(ctx context.Context, e *entry, c hypervisor.Config,
 		release()
 		return nil, err
 	}
-	out.watched = watch(v, func() {
+	out.watched = watch(v, give != nil, func() {
 		if give != nil {
 			give()
 		}

@@ -171,7 +171,7 @@ func TestChoice(t *testing.T) {
 			if !ok || got.Name != "pod" || got.VCPUs != test.vcpus || got.MemoryMiB != test.mib {
 				t.Errorf("%+v %v, want %d vcpus, %d MiB", got, ok, test.vcpus, test.mib)
 			}
-			if (d.clones.Load() == 1) != test.cloned || (d.boots.Load() == 0) != test.cloned {
+			if Cloned(v) != test.cloned || (d.clones.Load() == 1) != test.cloned || (d.boots.Load() == 0) != test.cloned {
 				t.Errorf("%d clones, %d boots", d.clones.Load(), d.boots.Load())
 			}
 			if w := f.(interface{ Warning() string }).Warning(); (w == "") != (test.says == "") || !strings.Contains(w, test.says) {
@@ -180,6 +180,50 @@ func TestChoice(t *testing.T) {
 		})
 	}
 	usersAre(t, dir, 0)
+}
+
+func TestForPod(t *testing.T) {
+	_, dir, base := made(t)
+	base.MemoryMiB = 64
+	for name, test := range map[string]struct {
+		text, dir string
+		wish      Policy
+		cloned    bool
+		err       string
+	}{
+		"boots":          {"", "", "", false, ""},
+		"none":           {"none", "", Required, false, ""},
+		"template":       {"none", dir, Required, true, ""},
+		"off":            {"", dir, Off, false, ""},
+		"policy":         {`{"cache":2,"template":true,"cpu":2,"memory":128}`, dir, Required, true, ""},
+		"policy, boots":  {`{"cpu":2,"memory":128}`, "", Required, false, ""},
+		"policy, off":    {`{"template":true,"cpu":2,"memory":128}`, dir, Off, false, ""},
+		"bad policy":     {`{"cpus":2}`, dir, Required, false, `unknown key "cpus"`},
+		"no templates":   {`{"template":true,"cpu":2,"memory":128}`, "", Required, false, "no directory of templates"},
+		"bad preference": {"", dir, "maybe", false, `"maybe"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, err := ForPod(&hvtest.Driver{}, test.text, test.dir, test.wish)
+			if test.err != "" {
+				if err == nil || !strings.Contains(err.Error(), test.err) {
+					t.Errorf("%v, want %q", err, test.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			v, err := f.GetVM(t.Context(), base)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer kill(v)
+			if Cloned(v) != test.cloned {
+				t.Errorf("cloned is %v", !test.cloned)
+			}
+		})
+	}
 }
 
 func TestGetVMErrors(t *testing.T) {

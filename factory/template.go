@@ -92,7 +92,7 @@ func (f *fromTemplate) GetVM(ctx context.Context, c hypervisor.Config) (hypervis
 	f.warn("")
 	v, release, err := clone(ctx, f.driver, f.dir, &c)
 	if err == nil {
-		return watch(v, release), nil
+		return watch(v, true, release), nil
 	}
 	if ctx.Err() != nil || f.policy == Required {
 		return nil, err
@@ -147,12 +147,13 @@ func clone(ctx context.Context, d hypervisor.Driver, dir string, c *hypervisor.C
 // watched is a VM after whose end something is given back.
 type watched struct {
 	hypervisor.VM
-	done chan struct{}
+	cloned bool
+	done   chan struct{}
 }
 
 // watch calls release once, when v has ended, and before Done tells so.
-func watch(v hypervisor.VM, release func()) *watched {
-	w := &watched{VM: v, done: make(chan struct{})}
+func watch(v hypervisor.VM, cloned bool, release func()) *watched {
+	w := &watched{VM: v, cloned: cloned, done: make(chan struct{})}
 	go func() { // ends with the VM
 		<-v.Done()
 		release()
@@ -160,6 +161,14 @@ func watch(v hypervisor.VM, release func()) *watched {
 	}()
 	return w
 }
+
+// Cloned tells whether a VM that a factory handed out is a clone of a template.
+func Cloned(v hypervisor.VM) bool {
+	w, ok := v.(interface{ isClone() bool })
+	return ok && w.isClone()
+}
+
+func (w *watched) isClone() bool { return w.cloned }
 
 // Done is closed when the VM has ended and what it used has been given back.
 func (w *watched) Done() <-chan struct{} { return w.done }

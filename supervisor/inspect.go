@@ -43,7 +43,7 @@ func (s *Supervisor) timed(at *time.Time) {
 
 // clonedLocked says whether the VM shares memory with a template. Callers hold mu.
 func (s *Supervisor) clonedLocked() bool {
-	return s.machine != nil && s.vmRequest.GetTemplate() != "" && s.vmRequest.GetTemplatePolicy() != string(factory.Off) && s.machine.warning == ""
+	return s.machine != nil && factory.Cloned(s.machine.vm)
 }
 
 // Inspect implements the API.
