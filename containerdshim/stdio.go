@@ -1,0 +1,299 @@
+package containerdshim
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/client"
+)
+
+// loggerReady is how long a logging program may take to say that it is ready,
+// and loggerEnd how long to end when it has all of the output.
+const (
+	loggerReady = 10 * time.Second
+	loggerEnd   = 10 * time.Second
+)
+
+// streams are the addresses of a process's stdio as containerd gives them: the
+// paths of fifos, or a URI for where output goes.
+type streams struct {
+	in, out, err string
+	terminal     bool
+}
+
+// stdio is a process's stdio on this side. The stand-in has the fifos as its own
+// descriptors, so nothing is copied here.
+type stdio struct {
+	client.Stdio
+	// input keeps the fifo of stdin open for writing, so that its reader does not
+	// see its end when a containerd that writes to it goes; nil without one.
+	input  *os.File
+	logger *logger // nil without one
+}
+
+// openStdio opens what s names. It does not wait for anybody at the other ends.
+func openStdio(s streams, id, namespace string) (_ *stdio, err error) {
+	x := new(stdio)
+	defer func() {
+		if err != nil {
+			x.close()
+		}
+	}()
+	if s.in != "" {
+		if err := x.openInput(s.in); err != nil {
+			return nil, fmt.Errorf("stdin: %w", err)
+		}
+	}
+	if s.terminal {
+		// A terminal has one output.
+		s.err = ""
+	}
+	out, err := outputOf(s.out)
+	if err != nil {
+		return nil, fmt.Errorf("stdout: %w", err)
+	}
+	errs, err := outputOf(s.err)
+	if err != nil {
+		return nil, fmt.Errorf("stderr: %w", err)
+	}
+	if out.program() {
+		// One program gets both; stderr names it again.
+		if err := x.startLogger(out, s, id, namespace); err != nil {
+			return nil, fmt.Errorf("stdout: %w", err)
+		}
+		return x, nil
+	}
+	if x.Out, err = out.open(); err != nil {
+		return nil, fmt.Errorf("stdout: %w", err)
+	}
+	if x.Err, err = errs.open(); err != nil {
+		return nil, fmt.Errorf("stderr: %w", err)
+	}
+	return x, nil
+}
+
+// openInput opens a fifo for reading, with a writer of its own that stays until
+// CloseIO: the reader must wait for one that comes later.
+func (x *stdio) openInput(path string) error {
+	fifo, err := isFifo(path)
+	if err != nil {
+		return err
+	}
+	if !fifo {
+		x.In, err = os.Open(path)
+		return err
+	}
+	// Opened for both first, which never waits; then no other open does.
+	both, err := openFifo(path, unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer both.Close()
+	if x.In, err = openFifo(path, unix.O_RDONLY); err != nil {
+		return err
+	}
+	x.input, err = openFifo(path, unix.O_WRONLY)
+	return err
+}
+
+// openFifo opens a fifo for a process that reads and writes it as it is, so
+// blocking.
+func openFifo(path string, flags int) (*os.File, error) {
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+func isFifo(path string) (bool, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return false, err
+	}
+	return st.Mode()&os.ModeNamedPipe != 0, nil
+}
+
+// output is where a stream goes.
+type output struct {
+	scheme string // "", "fifo", "file", "binary" or "binary-v2"
+	path   string
+	uri    *url.URL
+}
+
+func outputOf(address string) (output, error) {
+	if address == "" {
+		return output{}, nil
+	}
+	u, err := url.Parse(address)
+	if err != nil {
+		return output{}, err
+	}
+	switch u.Scheme {
+	case "":
+		return output{scheme: "fifo", path: address}, nil
+	case "fifo", "file", "binary", "binary-v2":
+		if !filepath.IsAbs(u.Path) {
+			return output{}, fmt.Errorf("%q has no absolute path", address)
+		}
+		return output{scheme: u.Scheme, path: u.Path, uri: u}, nil
+	}
+	return output{}, fmt.Errorf("scheme %q of %q is none of fifo, file, binary and binary-v2", u.Scheme, address)
+}
+
+func (o output) program() bool { return o.scheme == "binary" || o.scheme == "binary-v2" }
+
+// open returns nil for no output.
+func (o output) open() (*os.File, error) {
+	switch {
+	case o.scheme == "":
+		return nil, nil
+	case o.program():
+		return nil, errors.New("a logging program must be named for stdout, too")
+	case o.scheme == "file":
+		if err := os.MkdirAll(filepath.Dir(o.path), 0o755); err != nil {
+			return nil, err
+		}
+		f, err := os.OpenFile(o.path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+		return f, err
+	}
+	fifo, err := isFifo(o.path)
+	if err != nil {
+		return nil, err
+	}
+	if !fifo {
+		return os.OpenFile(o.path, os.O_WRONLY|os.O_APPEND, 0)
+	}
+	// For reading too: a process whose reader has gone waits for the next one,
+	// as after a restart of containerd, instead of dying of SIGPIPE.
+	return openFifo(o.path, unix.O_RDWR)
+}
+
+// release lets go of what the stand-in has its own copies of.
+func (x *stdio) release() {
+	for _, f := range []**os.File{&x.In, &x.Out, &x.Err} {
+		if *f != nil {
+			_ = (*f).Close()
+			*f = nil
+		}
+	}
+}
+
+// closeInput lets the process see the end of its input, once nobody else writes.
+func (x *stdio) closeInput() {
+	if x.input != nil {
+		_ = x.input.Close()
+		x.input = nil
+	}
+}
+
+// close is the end: the process and its stand-in are gone.
+func (x *stdio) close() {
+	x.closeFiles()
+	x.endLogger()
+}
+
+func (x *stdio) closeFiles() {
+	x.release()
+	x.closeInput()
+}
+
+func (x *stdio) endLogger() {
+	if x.logger != nil {
+		x.logger.end()
+	}
+}
+
+// logger is a program that takes the output of a process, see "Logging" in
+// containerd's docs: descriptors 3 and 4 are the streams, and 5 is closed by it
+// when it is ready.
+type logger struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+}
+
+func (x *stdio) startLogger(o output, s streams, id, namespace string) error {
+	outR, outW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer outR.Close()
+	x.Out = outW
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer errR.Close()
+	if s.err != "" {
+		x.Err = errW
+	} else {
+		defer errW.Close()
+	}
+	ready, told, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	cmd := exec.Command(o.path, loggerArgs(o.uri)...)
+	cmd.Env = append(os.Environ(), "CONTAINER_ID="+id, "CONTAINER_NAMESPACE="+namespace)
+	cmd.ExtraFiles = []*os.File{outR, errR, told}
+	err = cmd.Start()
+	_ = told.Close()
+	if err != nil {
+		return fmt.Errorf("start logging program: %w", err)
+	}
+	x.logger = &logger{cmd: cmd, done: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait()
+		close(x.logger.done)
+	}()
+	_ = ready.SetReadDeadline(time.Now().Add(loggerReady))
+	n, err := ready.Read(make([]byte, 1))
+	switch {
+	case err != nil && !errors.Is(err, io.EOF):
+		return fmt.Errorf("logging program %s is not ready: %w", o.path, err)
+	case o.scheme == "binary-v2" && n == 0:
+		return fmt.Errorf("logging program %s ended before it was ready", o.path)
+	}
+	return nil
+}
+
+// loggerArgs are the query's keys and values, in order of the keys.
+func loggerArgs(u *url.URL) []string {
+	var args []string
+	q := u.Query()
+	keys := make([]string, 0, len(q))
+	for k := range q {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		args = append(args, k, q.Get(k))
+	}
+	return args
+}
+
+// end waits until the program has written everything, which it knows from the
+// end of its input, and ends one that does not.
+func (l *logger) end() {
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
+		t := time.NewTimer(loggerEnd)
+		select {
+		case <-l.done:
+			t.Stop()
+			return
+		case <-t.C:
+		}
+		_ = l.cmd.Process.Signal(sig)
+	}
+	<-l.done
+}
