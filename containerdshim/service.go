@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,6 +37,10 @@ import (
 
 // endLimit bounds the end of the pods when the shim is told to end.
 const endLimit = 20 * time.Second
+
+// shutdownGrace is how long Shutdown waits for processes in containers that are
+// still there. containerd gives the call 3 seconds.
+const shutdownGrace = 2 * time.Second
 
 // Options of the service.
 type Options struct {
@@ -232,7 +238,7 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	undo = append(undo, func() { unmountRootfs(t.mounted) })
 	spec, req, network, err := bundle.Request(bundle.Options{
-		ID: r.ID, Dir: t.bundle, Config: &set.config, SystemdCgroup: set.systemd, Warn: warn,
+		ID: r.ID, Dir: t.bundle, Config: &set.config, SystemdCgroup: set.systemd, Pods: t.client, Warn: warn,
 	})
 	if err != nil {
 		return nil, invalid("%v", err)
@@ -240,11 +246,6 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	t.ownPIDs = hasOwnPIDs(spec)
 	for _, m := range req.Mounts {
 		m.OwnNamespace = t.mounted != "" && m.Source == t.mounted
-	}
-	if pod, err := ocispec.PodOf(spec.Annotations); err != nil {
-		return nil, invalid("%v", err)
-	} else if pod.ID != "" {
-		req.SandboxId = pod.ID
 	}
 	addr := streams{in: r.Stdin, out: r.Stdout, err: r.Stderr, terminal: r.Terminal}
 	req.Container.Process.Terminal = r.Terminal
@@ -620,8 +621,15 @@ func (s *service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 	if err := json.Unmarshal(r.Resources.GetValue(), res); err != nil {
 		return nil, invalid("resources: %v", err)
 	}
-	if err := s.update(ctx, t, res); err != nil {
+	warn := func(line string) { log.G(ctx).Warnf("container %s: %s", r.ID, line) }
+	warnings, err := t.client.Update(ctx, r.ID, func(old *specs.LinuxResources) (*supervisorv1.UpdateRequest, error) {
+		return bundle.Update(old, res, warn)
+	})
+	if err != nil {
 		return nil, toGRPC(err)
+	}
+	for _, line := range warnings {
+		warn(line)
 	}
 	return new(emptypb.Empty), nil
 }
@@ -639,10 +647,24 @@ func (s *service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskap
 // the deletion of each.
 func (s *service) Shutdown(context.Context, *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
-	left := len(s.tasks)
+	left := slices.Collect(maps.Values(s.tasks))
 	s.mu.Unlock()
-	if left == 0 {
+	if len(left) == 0 {
 		s.o.Shutdown.Shutdown()
+		return new(emptypb.Empty), nil
+	}
+	// Whoever asks for the end although something runs is given what that is
+	// about to print.
+	timer := time.NewTimer(shutdownGrace)
+	defer timer.Stop()
+	for _, t := range left {
+		for _, p := range t.running() {
+			select {
+			case <-p.drained:
+			case <-timer.C:
+				return new(emptypb.Empty), nil
+			}
+		}
 	}
 	return new(emptypb.Empty), nil
 }

@@ -345,8 +345,3 @@ func hasOwnPIDs(spec *specs.Spec) bool {
 		return n.Type == specs.PIDNamespace && n.Path == ""
 	})
 }
-
-// update changes the limits of a task's container.
-func (s *service) update(ctx context.Context, t *task, res *specs.LinuxResources) error {
-	return unsupported("update")
-}
