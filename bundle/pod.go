@@ -133,7 +133,7 @@ func ownerOf(all []*client.Container, ns specs.LinuxNamespace) *client.Container
 	pid := pidOfPath(ns)
 	var own nsID
 	if ns.Type == specs.NetworkNamespace && pid == 0 {
-		if own = idOf(ns.Path); own == (nsID{}) || own == idOf(initNetwork) {
+		if own = idOf(ns.Path); own == (nsID{}) || own == hostID(ns.Type) {
 			return nil
 		}
 	}
@@ -191,8 +191,14 @@ func idOf(path string) nsID {
 	return nsID{uint64(st.Dev), st.Ino}
 }
 
-// initNetwork is the host's network namespace.
-const initNetwork = "/proc/1/ns/net"
+// hostID is the host's namespace of a type: that of its first process or, where
+// that may not be looked at, this one's.
+func hostID(t specs.LinuxNamespaceType) nsID {
+	if id := idOf("/proc/1/ns/" + procName(t)); id != (nsID{}) {
+		return id
+	}
+	return idOf("/proc/self/ns/" + procName(t))
+}
 
 // networkOf is the path of the network namespace that a pod has on the host.
 func networkOf(sandbox *client.Container) string {
@@ -209,7 +215,7 @@ func (p *pod) pinned(o *Options, spec *specs.Spec, ann ocispec.Pod) error {
 			continue
 		}
 		id := idOf(ns.Path)
-		if id == (nsID{}) || id == idOf("/proc/1/ns/"+procName(ns.Type)) {
+		if id == (nsID{}) || id == hostID(ns.Type) {
 			continue
 		}
 		if ann.Sandbox {
@@ -257,7 +263,7 @@ func (p *pod) network(spec *specs.Spec, userMode bool) (string, error) {
 		return "", err
 	}
 	if p.sandbox == nil {
-		if asked != client.NetworkHost && asked != client.NetworkNew && idOf(asked) == idOf(initNetwork) {
+		if asked != client.NetworkHost && asked != client.NetworkNew && idOf(asked) == hostID(specs.NetworkNamespace) {
 			if !userMode {
 				return "", fmt.Errorf("%s: %s is the host's: %s", at, asked, hostNetwork)
 			}
@@ -270,7 +276,7 @@ func (p *pod) network(spec *specs.Spec, userMode bool) (string, error) {
 	if pods == (nsID{}) {
 		return "", fmt.Errorf("the sandbox container %q has stopped, and its VM with it", p.sandbox.ID)
 	}
-	host := pods == idOf(initNetwork)
+	host := pods == hostID(specs.NetworkNamespace)
 	switch {
 	case asked == client.NetworkNew && !p.shared:
 		return client.NetworkNew, nil

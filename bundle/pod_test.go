@@ -95,7 +95,7 @@ func TestFindPod(t *testing.T) {
 		{name: "pinned for the container", ann: crio("container", "sb"), typ: specs.IPCNamespace, path: pinned, sandbox: "sb", owner: "sb"},
 		{name: "pinned for another kind", ann: crio("container", "sb"), typ: specs.UTSNamespace, path: pinned, sandbox: "sb"},
 		{name: "pinned for nobody", typ: specs.IPCNamespace, path: pinned},
-		{name: "the host's in a pod", ann: crio("sandbox", "me"), typ: specs.IPCNamespace, path: "/proc/1/ns/ipc"},
+		{name: "the host's in a pod", ann: crio("sandbox", "me"), typ: specs.IPCNamespace, path: "/proc/self/ns/ipc"},
 		{name: "of a dead container", typ: specs.IPCNamespace, path: path(far+4, "ipc")},
 		{name: "of another kind", typ: specs.IPCNamespace, path: path(far+1, "uts")},
 		{name: "of a thread", typ: specs.IPCNamespace, path: path(far+1, "task/1/ns/ipc")},
@@ -150,7 +150,7 @@ func TestFindPod(t *testing.T) {
 // at least in one that can be named.
 func TestPodNetwork(t *testing.T) {
 	const own = "/proc/self/ns/net"
-	onHost := idOf(own) == idOf(initNetwork)
+	onHost := idOf(own) == hostID(specs.NetworkNamespace)
 	ns := func(path string) *specs.Spec {
 		return &specs.Spec{Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: path}}}}
 	}
