@@ -477,6 +477,21 @@ func TestTemplateOfAVM(t *testing.T) {
 			t.Errorf("%+v: template %q, policy %q, %v", tc, vm.GetTemplate(), vm.GetTemplatePolicy(), err)
 		}
 	}
+	const boots, clones = `{"cpu":1,"memory":64}`, `{"template":true,"cpu":1,"memory":64}`
+	for _, tc := range []struct{ factory, template, policy, want, wantFactory, wantPolicy string }{
+		{"none", "", "preferred", "", "", ""},
+		{boots, "/run/t", "required", "", boots, "required"},
+		{clones, "/run/t", "preferred", "/run/t", clones, "preferred"},
+		{clones, "", "preferred", config.DefaultTemplates(), clones, "preferred"},
+		{clones, "off", "preferred", "", "", ""},
+		{clones, "", "off", "", "", ""},
+	} {
+		a.config.Factory, a.config.Template, a.config.TemplatePolicy = tc.factory, tc.template, tc.policy
+		vm, err := a.vm()
+		if err != nil || vm.Template != tc.want || vm.Factory != tc.wantFactory || vm.TemplatePolicy != tc.wantPolicy {
+			t.Errorf("%+v: %v, %v", tc, vm, err)
+		}
+	}
 }
 
 func TestPrintTemplates(t *testing.T) {

@@ -21,7 +21,11 @@ import (
 	"google.golang.org/grpc/status"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/config"
 	"github.com/hyperhq/runv/driverloader"
+	"github.com/hyperhq/runv/factory"
+	"github.com/hyperhq/runv/factory/policy"
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hypervisor"
 	"github.com/hyperhq/runv/supervisor"
@@ -31,22 +35,6 @@ import (
 
 // templateName is the last element of the default template's directory.
 const templateName = "default"
-
-// templatesDir is where templates are unless told otherwise: below /run, or, on
-// a machine where that is a disk, in memory all the same.
-func templatesDir() string {
-	const name = "runv-templates"
-	run := filepath.Join("/run", name)
-	if inMemory("/run") || !inMemory("/dev/shm") {
-		return run
-	}
-	return filepath.Join("/dev/shm", name)
-}
-
-func inMemory(dir string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(dir, &st) == nil && (st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC)
-}
 
 // templateDir is the template that a command is about: the flag's, the
 // configuration's, or the default one.
@@ -58,6 +46,15 @@ func (a *app) templateDir(cmd *cli.Command) (string, error) {
 	if dir != "" {
 		return filepath.Abs(dir)
 	}
+	parent, err := defaultTemplates()
+	return filepath.Join(parent, templateName), err
+}
+
+// templatesDir is where templates are unless told otherwise.
+func templatesDir() string { return config.DefaultTemplates() }
+
+// defaultTemplates is templatesDir, if it can be used.
+func defaultTemplates() (string, error) {
 	parent := templatesDir()
 	// Everybody may make directories in /dev/shm.
 	if st, err := os.Lstat(parent); err == nil {
@@ -66,7 +63,49 @@ func (a *app) templateDir(cmd *cli.Command) (string, error) {
 			return "", fmt.Errorf("%s is not a directory that only this user can write to", parent)
 		}
 	}
-	return filepath.Join(parent, templateName), nil
+	return parent, nil
+}
+
+// templatesOf are the entries with a template that a command is about, and the
+// directory that their templates are in; none if it is about one template that
+// no policy speaks of.
+func (a *app) templatesOf(cmd *cli.Command) (list []policy.Config, base string, err error) {
+	if text := cmd.String("policy"); text != "" {
+		if list, err = policy.Parse(text); err != nil {
+			return nil, "", fmt.Errorf("--policy: %w", err)
+		}
+		for _, name := range []string{"cpu", "mem"} {
+			if len(list) > 0 && cmd.IsSet(name) {
+				return nil, "", fmt.Errorf("--%s and --policy both say how large templates are", name)
+			}
+		}
+		all := len(list)
+		if list = withTemplate(list); len(list) == 0 && all > 0 {
+			return nil, "", errors.New("--policy: no entry has \"template\":true")
+		}
+	} else if !cmd.IsSet("template") && !cmd.IsSet("cpu") && !cmd.IsSet("mem") {
+		list = withTemplate(a.config.Entries())
+	}
+	if len(list) == 0 {
+		return nil, "", nil
+	}
+	if base = cmd.String("template"); base == "" && a.config.Template != "off" {
+		base = a.config.Template
+	}
+	if base == "" {
+		base, err = defaultTemplates()
+	} else {
+		base, err = filepath.Abs(base)
+	}
+	return list, base, err
+}
+
+func withTemplate(list []policy.Config) []policy.Config {
+	return slices.DeleteFunc(slices.Clone(list), func(c policy.Config) bool { return !c.Template })
+}
+
+func policyFlag(what string) cli.Flag {
+	return &cli.StringFlag{Name: "policy", Usage: what, DefaultText: "the key factory"}
 }
 
 func templateFlag() cli.Flag {
@@ -87,13 +126,19 @@ it. Containers are cloned from the template with 'runv --template DIR …' or th
 "template" of the configuration.
 
 A template serves every container that asks for no more processors and memory than
-it has; unused memory costs nothing, so it may be generous.`,
+it has; unused memory costs nothing, so it may be generous.
+
+If the configuration's key "factory" has entries with templates, or with --policy, the
+template of each entry is made, in the directory that --template or the key "template"
+names. Those that are there and fit are kept unless --force is given. --cpu, --mem or
+--template without --policy make one template all the same.`,
 		Flags: []cli.Flag{
 			templateFlag(),
 			&cli.IntFlag{Name: "cpu", Usage: "virtual CPUs, the most that a clone can have", DefaultText: "the key vcpus"},
 			&cli.IntFlag{Name: "mem", Usage: "memory in MiB, the most that a clone can have", DefaultText: "the key memory"},
 			&cli.BoolFlag{Name: "force", Usage: "replace a template that is there; its clones go on"},
-			&cli.BoolFlag{Name: "json", Usage: "print the template's description"},
+			policyFlag("make the templates of this policy's entries; 'none' makes one template"),
+			&cli.BoolFlag{Name: "json", Usage: "print the template's description, a list with a policy"},
 		},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := arguments(cmd, 0, 0); err != nil {
@@ -101,6 +146,14 @@ it has; unused memory costs nothing, so it may be generous.`,
 			}
 			ctx, sig := catchSignals(ctx)
 			defer sig.end()
+			list, base, err := a.templatesOf(cmd)
+			if err != nil {
+				return err
+			}
+			out := cmd.Root().Writer
+			if len(list) > 0 {
+				return a.createTemplates(ctx, out, base, list, cmd.Bool("force"), cmd.Bool("json"))
+			}
 			dir, err := a.templateDir(cmd)
 			if err != nil {
 				return err
@@ -119,38 +172,138 @@ it has; unused memory costs nothing, so it may be generous.`,
 			if err != nil {
 				return err
 			}
-			out := cmd.Root().Writer
 			if cmd.Bool("json") {
 				return json.NewEncoder(out).Encode(templateInfo{Template: dir, Manifest: *m, Held: true})
 			}
-			_, err = fmt.Fprintf(out, "template %s made in %.1f s: kernel %s, agent %s, %s, %d CPU(s), %d MiB of which %d MiB are shared by all clones\n",
-				dir, time.Since(begin).Seconds(), m.KernelRelease, m.AgentVersion, hypervisorOf(m), m.VCPUs, m.MemoryMiB, m.StoredBytes>>20)
-			return err
+			return printMade(out, dir, m, begin)
 		},
 	}
 }
 
+func printMade(w io.Writer, dir string, m *template.Manifest, begin time.Time) error {
+	_, err := fmt.Fprintf(w, "template %s made in %.1f s: kernel %s, agent %s, %s, %d CPU(s), %d MiB of which %d MiB are shared by all clones\n",
+		dir, time.Since(begin).Seconds(), m.KernelRelease, m.AgentVersion, hypervisorOf(m), m.VCPUs, m.MemoryMiB, m.StoredBytes>>20)
+	return err
+}
+
+// createTemplates makes the templates of a policy's entries in base.
+func (a *app) createTemplates(ctx context.Context, out io.Writer, base string, list []policy.Config, force, asJSON bool) error {
+	infos := []templateInfo{}
+	for _, c := range list {
+		dir := factory.TemplateDir(base, c)
+		if dir == base {
+			return fmt.Errorf("%s is a template itself, and serves the factory's sizes up to its own: remove it, or name another directory with --template", base)
+		}
+		a.config.VCPUs, a.config.Memory = c.CPU, c.Memory
+		begin := time.Now()
+		m, err := a.createTemplate(ctx, dir, force)
+		kept := errors.Is(err, template.ErrExists)
+		if kept {
+			m, err = a.checkTemplate(ctx, dir)
+		}
+		if err != nil {
+			return err
+		}
+		switch {
+		case asJSON:
+			infos = append(infos, templateInfo{Template: dir, Manifest: *m, Held: true})
+		case kept:
+			if _, err := fmt.Fprintf(out, "template %s is there and fits\n", dir); err != nil {
+				return err
+			}
+		default:
+			if err := printMade(out, dir, m, begin); err != nil {
+				return err
+			}
+		}
+	}
+	if !asJSON {
+		return nil
+	}
+	return json.NewEncoder(out).Encode(infos)
+}
+
+// checkTemplate finds out whether a template serves the configured VMs, by
+// cloning it.
+func (a *app) checkTemplate(ctx context.Context, dir string) (*template.Manifest, error) {
+	vm, err := a.templateVM()
+	if err != nil {
+		return nil, err
+	}
+	t, err := template.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer t.Close()
+	if _, held := t.Users(ctx); !held {
+		return nil, fmt.Errorf("template %s has lost the process that holds its memory; --force replaces it", dir)
+	}
+	m := t.Manifest()
+	err = a.withDriver(ctx, vm, func(d hypervisor.Driver, cfg hypervisor.Config) error {
+		f, err := factory.FromTemplate(d, dir, factory.Required)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		v, err := f.GetVM(ctx, cfg)
+		if err != nil {
+			return err
+		}
+		v.Kill()
+		<-v.Done()
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w; --force replaces it", err)
+	}
+	return &m, nil
+}
+
 // createTemplate boots a VM of the shape that pods' VMs have and saves it.
 func (a *app) createTemplate(ctx context.Context, dir string, force bool) (*template.Manifest, error) {
+	vm, err := a.templateVM()
+	if err != nil {
+		return nil, err
+	}
+	var m *template.Manifest
+	err = a.withDriver(ctx, vm, func(d hypervisor.Driver, cfg hypervisor.Config) error {
+		m, err = a.saveTemplate(ctx, d, vm, cfg, dir, force)
+		return err
+	})
+	return m, err
+}
+
+// templateVM is the configured VM without what a template has no use for.
+func (a *app) templateVM() (*supervisorv1.VM, error) {
 	vm, err := a.vm()
 	if err != nil {
 		return nil, err
 	}
 	// The state of QEMU's own network stack would be part of the template.
 	vm.Network = "none"
+	return vm, nil
+}
+
+// withDriver calls f with the VM's driver, and a Config whose share exists until
+// f returns.
+func (a *app) withDriver(ctx context.Context, vm *supervisorv1.VM, f func(hypervisor.Driver, hypervisor.Config) error) error {
 	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath, Warn: a.log.warning})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	share, err := os.MkdirTemp("", "runv-template")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer os.RemoveAll(share)
 	cfg, err := supervisor.VMConfig("template", vm, share)
 	if err != nil {
-		return nil, err
+		return err
 	}
+	return f(d, cfg)
+}
+
+func (a *app) saveTemplate(ctx context.Context, d hypervisor.Driver, vm *supervisorv1.VM, cfg hypervisor.Config, dir string, force bool) (*template.Manifest, error) {
 	limit := time.Duration(vm.BootTimeoutMs) * time.Millisecond
 	ctx, cancel := context.WithTimeoutCause(ctx, limit,
 		status.Errorf(codes.DeadlineExceeded, "the guest was not ready within %v", limit))
@@ -248,28 +401,63 @@ func (a *app) removeTemplateCommand() *cli.Command {
 		Name:  "remove-template",
 		Usage: "remove a template; its clones go on",
 		Description: `Removes the template's files and ends the process that keeps its memory. What was
-cloned from it keeps what it has; the memory is given back when the last clone ends.`,
-		Flags: []cli.Flag{templateFlag()},
+cloned from it keeps what it has; the memory is given back when the last clone ends.
+
+With --policy, or if the configuration's key "factory" has entries with templates and
+--template is not given, the template of each entry is removed that has one.`,
+		Flags: []cli.Flag{templateFlag(), policyFlag("remove the templates of this policy's entries; 'none' removes one template")},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
 			if err := arguments(cmd, 0, 0); err != nil {
 				return err
 			}
-			dir, err := a.templateDir(cmd)
+			list, base, err := a.templatesOf(cmd)
 			if err != nil {
 				return err
 			}
-			users, err := template.Remove(ctx, dir)
-			if err != nil {
-				return err
+			out := cmd.Root().Writer
+			if len(list) == 0 {
+				dir, err := a.templateDir(cmd)
+				if err != nil {
+					return err
+				}
+				return removeTemplate(ctx, out, dir)
 			}
-			line := "template " + dir + " removed"
-			if users > 0 {
-				line += fmt.Sprintf("; %d clone(s) still use its memory", users)
+			var missing error
+			removed := 0
+			for _, c := range list {
+				dir := factory.TemplateDir(base, c)
+				if dir == base {
+					// It may serve more than this policy's entries.
+					return fmt.Errorf("%s is a template itself: remove it with --template", base)
+				}
+				switch err := removeTemplate(ctx, out, dir); {
+				case err == nil:
+					removed++
+				case !errors.Is(err, template.ErrNotFound):
+					return err
+				case missing == nil:
+					missing = err
+				}
 			}
-			_, err = fmt.Fprintln(cmd.Root().Writer, line)
-			return err
+			if removed == 0 {
+				return missing
+			}
+			return nil
 		},
 	}
+}
+
+func removeTemplate(ctx context.Context, out io.Writer, dir string) error {
+	users, err := template.Remove(ctx, dir)
+	if err != nil {
+		return err
+	}
+	line := "template " + dir + " removed"
+	if users > 0 {
+		line += fmt.Sprintf("; %d clone(s) still use its memory", users)
+	}
+	_, err = fmt.Fprintln(out, line)
+	return err
 }
 
 func (a *app) listTemplatesCommand() *cli.Command {

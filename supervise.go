@@ -85,16 +85,13 @@ func supervisorContext() (context.Context, context.CancelFunc) {
 }
 
 // newFactory finds the driver that a request asks for, and clones if it names a
-// template.
+// template, or a policy that does for a VM of its size.
 func newFactory(ctx context.Context, vm *supervisorv1.VM) (factory.Factory, string, error) {
 	d, err := driverloader.Probe(ctx, vm.Driver, driverloader.Options{QEMUPath: vm.QemuPath})
 	if err != nil {
 		return nil, "", err
 	}
-	if vm.Template == "" {
-		return factory.Direct(d), d.Name(), nil
-	}
-	f, err := factory.FromTemplate(d, vm.Template, factory.Policy(vm.TemplatePolicy))
+	f, err := factory.ForPod(d, vm.Factory, vm.Template, factory.Policy(vm.TemplatePolicy))
 	return f, d.Name(), err
 }
 
