@@ -43,10 +43,11 @@ help: ## Show this list
 ##@ Build
 
 .PHONY: build
-build: ## Build bin/runv and the static bin/runv-agent
+build: ## Build bin/runv, the static bin/runv-agent and containerd's shim
 	@mkdir -p bin
 	$(GOBUILD) -o bin/runv .
 	$(GOBUILD) -o bin/runv-agent ./cmd/runv-agent
+	$(GOBUILD) -o bin/containerd-shim-runv-v2 ./cmd/containerd-shim-runv-v2
 
 .PHONY: setup
 setup: ## Install the system packages that are missing (as root)
@@ -85,6 +86,7 @@ race: ## Run the unit tests with the race detector
 .PHONY: integration
 integration: guest ## Run the end-to-end tests against the built binaries (as root)
 	RUNV_TEST_MUST=1 $(GO) test -count=1 -timeout 15m ./tests/...
+	cd tests/shim && RUNV_TEST_MUST=1 $(GO) test -count=1 -timeout 15m ./...
 
 .PHONY: validate
 validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as root)
@@ -135,6 +137,7 @@ completion: build ## Write the shell completions to .cache/completion
 .PHONY: install
 install: build man completion ## Install below DESTDIR and PREFIX (/usr/local)
 	install -D -m 0755 bin/runv $(DESTDIR)$(BINDIR)/runv
+	install -D -m 0755 bin/containerd-shim-runv-v2 $(DESTDIR)$(BINDIR)/containerd-shim-runv-v2
 	install -D -m 0755 bin/runv-agent $(DESTDIR)$(LIBEXECDIR)/runv-agent
 	install -D -m 0644 config/config.toml.example $(DESTDIR)$(SYSCONFDIR)/runv/config.toml.example
 	install -d $(DESTDIR)$(DATADIR)/man/man8
@@ -145,7 +148,7 @@ install: build man completion ## Install below DESTDIR and PREFIX (/usr/local)
 
 .PHONY: uninstall
 uninstall: ## Remove what install put there; the configuration and the guest image stay
-	rm -f $(DESTDIR)$(BINDIR)/runv $(DESTDIR)$(SYSCONFDIR)/runv/config.toml.example
+	rm -f $(DESTDIR)$(BINDIR)/runv $(DESTDIR)$(BINDIR)/containerd-shim-runv-v2 $(DESTDIR)$(SYSCONFDIR)/runv/config.toml.example
 	rm -rf $(DESTDIR)$(LIBEXECDIR)
 	rm -f $(DESTDIR)$(DATADIR)/man/man8/runv*.8
 	rm -f $(DESTDIR)$(DATADIR)/bash-completion/completions/runv
