@@ -51,5 +51,10 @@ func (a *app) completers() map[string]cli.ShellCompleteFunc {
 		"resume": a.completeIDs(is(state.Paused)),
 		"start":  a.completeIDs(is(state.Created)),
 		"state":  a.completeIDs(all),
+
+		"update":  a.completeIDs(is(state.Created, state.Running, state.Paused)),
+		"events":  a.completeIDs(is(state.Created, state.Running, state.Paused)),
+		"inspect": a.completeIDs(all),
+		"logs":    a.completeIDs(all),
 	}
 }

@@ -17,7 +17,7 @@ func (a *app) manageCommand() *cli.Command {
 		Description: `The manage command has sub-commands for what an administrator does once: it makes
 the kernel and the initrd that virtual machines boot, the templates that they are
 cloned from, and the factory that keeps some of them ready.`,
-		Commands: []*cli.Command{a.buildGuestCommand(), a.createTemplateCommand(), a.removeTemplateCommand(), a.listTemplatesCommand(), a.factoryCommand()},
+		Commands: []*cli.Command{a.buildGuestCommand(), a.createTemplateCommand(), a.removeTemplateCommand(), a.listTemplatesCommand(), a.factoryCommand(), a.gcCommand()},
 		Action: func(_ context.Context, cmd *cli.Command) error {
 			if name := cmd.Args().First(); name != "" {
 				return fmt.Errorf("no command is named %q; 'runv manage --help' lists them", "manage "+name)

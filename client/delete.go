@@ -13,6 +13,7 @@ import (
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/hooks"
+	"github.com/hyperhq/runv/hostcgroup"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"
@@ -165,6 +166,10 @@ func (c *Client) finish(ctx context.Context, ct *Container) error {
 	// open until it has.
 	if err := end(ctx, ct.VM); err != nil {
 		return fmt.Errorf("end the virtual machine of %q: %w", ct.ID, err)
+	}
+	if err := hostcgroup.Remove(ct.Cgroups); err != nil {
+		// A process that is none of runv's may have been put there.
+		c.o.Warn(err)
 	}
 	if err := c.o.Store.Remove(ct.ID); err != nil && !errors.Is(err, ErrNotFound) {
 		return err

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -147,7 +148,8 @@ func (g *Group) Make(pids ...int) (err error) {
 	if len(pids) == 0 {
 		return errors.New("make cgroup: no process is to join it")
 	}
-	if g.origin, err = whereabouts(); err != nil {
+	before, err := places(os.Getpid())
+	if err != nil {
 		return fmt.Errorf("make cgroup %s: %w: %w", g.name, ErrUnavailable, err)
 	}
 	defer func() {
@@ -156,7 +158,9 @@ func (g *Group) Make(pids ...int) (err error) {
 			_ = g.Remove()
 		}
 	}()
-	if err := g.m.Apply(pids[0]); err != nil {
+	err = g.m.Apply(pids[0])
+	g.findOrigin(before, pids[0])
+	if err != nil {
 		return fmt.Errorf("make cgroup %s: %w", g.name, unavailable(err))
 	}
 	return g.Add(pids[1:]...)
@@ -176,11 +180,28 @@ func (g *Group) Add(pids ...int) error {
 }
 
 func (g *Group) add(pid int) error {
-	err := g.m.AddPid("", pid)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
+	for _, dir := range g.made() {
+		err := cgroups.WriteCgroupProc(dir, pid)
+		if errors.Is(err, unix.ESRCH) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return err
+	return nil
+}
+
+// made are the directories that are there, by controller. The library leaves out
+// that of the device controller if it is to have no rules.
+func (g *Group) made() map[string]string {
+	dirs := make(map[string]string)
+	for controller, dir := range g.m.GetPaths() {
+		if isCgroup(dir) {
+			dirs[controller] = dir
+		}
+	}
+	return dirs
 }
 
 // holds says whether a process is in the cgroup already, which is much cheaper
@@ -198,13 +219,13 @@ func (g *Group) partly(pid int) bool {
 
 // count says in how many of the cgroup's hierarchies a process is.
 func (g *Group) count(pid int) (in, all int, err error) {
-	now, err := cgroups.ParseCgroupFile(filepath.Join("/proc", strconv.Itoa(pid), "cgroup"))
+	now, err := places(pid)
 	if err != nil {
 		return 0, 0, err
 	}
-	paths := g.m.GetPaths()
+	paths := g.made()
 	for controller, dir := range paths {
-		if at := now[controller]; at != "" && at != "/" && (dir == at || strings.HasSuffix(dir, at)) {
+		if at := place(now, controller); at != "" && at != "/" && (dir == at || strings.HasSuffix(dir, at)) {
 			in++
 		}
 	}
@@ -233,37 +254,33 @@ func (g *Group) Leave(pids ...int) {
 	}
 }
 
-// whereabouts finds the directory of every hierarchy that the calling process is
-// in, by controller.
-func whereabouts() (map[string]string, error) {
-	at, err := cgroups.ParseCgroupFile("/proc/self/cgroup")
+// place is the cgroup of a process in one hierarchy, from /proc/PID/cgroup.
+// The library calls the hierarchy "name=systemd" "systemd".
+func place(at map[string]string, controller string) string {
+	if p, ok := at[controller]; ok {
+		return p
+	}
+	return at["name="+controller]
+}
+
+func places(pid int) (map[string]string, error) {
+	return cgroups.ParseCgroupFile(filepath.Join("/proc", strconv.Itoa(pid), "cgroup"))
+}
+
+// findOrigin notes the directories that the calling process was in, given its
+// places, now that a process is in the cgroup: that process's place is the end
+// of the cgroup's directory, and what is before it is the hierarchy's root.
+func (g *Group) findOrigin(before map[string]string, inside int) {
+	now, err := places(inside)
 	if err != nil {
-		return nil, err
+		return
 	}
-	dirs := make(map[string]string)
-	if cgroups.IsCgroup2UnifiedMode() {
-		dirs[""] = filepath.Join(fs2.UnifiedMountpoint, at[""])
-		return dirs, nil
-	}
-	mounts, err := cgroups.GetCgroupMounts(true)
-	if err != nil {
-		return nil, err
-	}
-	for _, m := range mounts {
-		if len(m.Subsystems) == 0 {
-			continue
+	g.origin = make(map[string]string)
+	for controller, dir := range g.made() {
+		if root, ok := strings.CutSuffix(dir, place(now, controller)); ok {
+			g.origin[controller] = filepath.Join(root, place(before, controller))
 		}
-		own, ok := at[m.Subsystems[0]]
-		if !ok {
-			continue
-		}
-		below, err := filepath.Rel(m.Root, own)
-		if err != nil || strings.HasPrefix(below, "..") {
-			below = "."
-		}
-		dirs[m.Subsystems[0]] = filepath.Join(m.Mountpoint, below)
 	}
-	return dirs, nil
 }
 
 // Dirs are the directories of the cgroup, for Remove after this process's end.

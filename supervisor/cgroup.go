@@ -34,6 +34,7 @@ type hostGroup interface {
 // a time. Its methods may be called on nil: the container has none.
 type cgroup struct {
 	required bool
+	made     chan struct{} // closed by make
 
 	mu    sync.Mutex
 	group hostGroup // guarded by mu; nil once it could not be made or is removed
@@ -50,7 +51,7 @@ func (s *Supervisor) newCgroup(id string, h *supervisorv1.HostCgroup, r *specs.L
 	if err != nil {
 		return nil, s.withoutCgroup(h.Required, r, err, warn)
 	}
-	return &cgroup{required: h.Required, group: g}, nil
+	return &cgroup{required: h.Required, made: make(chan struct{}), group: g}, nil
 }
 
 // withoutCgroup decides what an error means that leaves a container without a
@@ -76,6 +77,7 @@ func (g *cgroup) make(s *Supervisor, r *specs.LinuxResources, warn func(line str
 	if g == nil {
 		return nil
 	}
+	defer close(g.made)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if err := g.group.Make(pids...); err != nil {
@@ -101,8 +103,12 @@ func (g *cgroup) use(f func(hostGroup) error) error {
 	return f(g.group)
 }
 
-// add moves a process into the cgroup.
+// add moves a process into the cgroup, once that has been made.
 func (g *cgroup) add(pid int) error {
+	if g == nil {
+		return nil
+	}
+	<-g.made
 	return g.use(func(h hostGroup) error { return h.Add(pid) })
 }
 

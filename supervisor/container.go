@@ -21,6 +21,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hooks"
+	"github.com/hyperhq/runv/network"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"
 )
@@ -335,6 +336,17 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	if err != nil {
 		return err
 	}
+	if first && hooked && m.network != nil {
+		if err := m.network.update(ctx); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if errors.Is(err, network.ErrNoCard) {
+				return status.Error(codes.FailedPrecondition, err.Error())
+			}
+			return m.explain(err)
+		}
+	}
 	prepared := time.Now()
 	if first {
 		if m.warning != "" {
@@ -395,6 +407,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	}
 	if first {
 		s.wg.Go(func() { s.watch(m) })
+		if m.network != nil {
+			m.network.follow()
+		}
 	}
 	p.serve()
 	glog.V(1).Infof("container %s: created in %v, %v of it in the guest", c.id, time.Since(begin), time.Since(prepared))

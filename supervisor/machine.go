@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/golang/glog"
@@ -19,6 +20,7 @@ import (
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/hypervisor"
+	"github.com/hyperhq/runv/network"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"
 )
@@ -40,6 +42,11 @@ type machine struct {
 	driver string
 	// process is the hypervisor's.
 	process state.ProcessRef
+	// taps are the other ends of its cards, network what they are connected with;
+	// both may be nil.
+	taps      *network.Taps
+	network   *podNetwork
+	unplugged sync.Once
 	// oomKills is what the host had counted when the VM was started.
 	oomKills uint64
 	// warning is what the factory says of a VM that is not what was wished for.
@@ -80,10 +87,17 @@ func launch(ctx context.Context, cfg hypervisor.Config, o launchOptions) (_ *mac
 	}
 	defer f.Close()
 	m := &machine{driver: driver, oomKills: hostOOMKills()}
+	end = trace.Begin(ctx, "taps")
+	m.taps, err = plug(o.vm, &cfg)
+	end()
+	if err != nil {
+		return nil, err
+	}
 	end = trace.Begin(ctx, "start it")
 	m.vm, err = f.GetVM(ctx, cfg)
 	end()
 	if err != nil {
+		m.unplug()
 		return nil, err
 	}
 	defer func() {
@@ -177,10 +191,22 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		Shares:    []*agentv1.Share{{Tag: agentv1.ShareTag, Type: "9p", Options: shareOptions}},
 		Network:   &agentv1.Network{Mode: agentv1.Network_MODE_NONE},
 	}
-	if vm.Network == "user" {
+	if m.network, err = s.openNetwork(m, c.record.StandIn); err != nil {
+		return nil, err
+	}
+	if m.network != nil {
+		sandbox.Network.Mode = agentv1.Network_MODE_NAMESPACE
+		// What hooks are going to bring is told when they have ended.
+		if len(req.Hooks.GetPrestart())+len(req.Hooks.GetCreateRuntime()) == 0 {
+			if sandbox.Network.Config, err = m.network.scan(ctx); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if vm.Network == networkUser {
 		sandbox.Network.Mode = agentv1.Network_MODE_DHCP
 		// A clone's card begins with the address of the template's.
-		sandbox.Network.MacAddress = cfg.NICs[0].MAC.String()
+		sandbox.Network.MacAddress = randomMAC().String()
 	}
 	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
 		return nil, err
@@ -214,14 +240,9 @@ func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Co
 	default:
 		c.Transport = hypervisor.Transport(vm.Transport)
 	}
-	switch vm.Network {
-	case "", "none":
-	case "user":
-		c.NICs = []hypervisor.NIC{{MAC: randomMAC(), User: true}}
-	default:
-		return c, status.Errorf(codes.InvalidArgument, "vm.network is %q, want \"none\" or \"user\"", vm.Network)
-	}
-	return c, nil
+	var err error
+	c.NICs, err = cards(vm)
+	return c, err
 }
 
 // vmSize is the size of the VM that a request asks for: processors and MiB.
@@ -315,6 +336,7 @@ func (m *machine) close() {
 		m.client.Close()
 	}
 	<-m.vm.Done()
+	m.unplug()
 }
 
 // watch ends the pod when its VM or the connection to the agent has ended.
