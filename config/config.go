@@ -78,7 +78,8 @@ type Config struct {
 	VCPUs         int      `toml:"vcpus" usage:"virtual CPUs of a VM whose config.json sets no CPU limit"`
 	Memory        int      `toml:"memory" usage:"memory of a VM in MiB; a ceiling, pages cost when the guest touches them"`
 	Transport     string   `toml:"transport" usage:"how the guest agent is reached, 'serial' or 'vsock'; empty: the best that works here"`
-	Network       string   `toml:"network" usage:"'none', or 'user' for QEMU's user-mode network stack"`
+	Network       string   `toml:"network" usage:"'namespace' for the interfaces of the container's network namespace, 'none', or 'user' for QEMU's user-mode network stack"`
+	NICs          int      `toml:"nics" usage:"network cards of a VM, the most interfaces that a pod can have; part of a template"`
 	BootTimeout   Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
 	RequireCgroup bool     `toml:"require-cgroup" usage:"fail if a container's cgroup on the host cannot be made or its limits not be set there, instead of a warning"`
 	Template      string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it, or of those of --factory; empty or 'off': none"`
@@ -98,7 +99,8 @@ func Default() Config {
 		Initrd:      "/var/lib/runv/initrd.img",
 		VCPUs:       1,
 		Memory:      512,
-		Network:     "none",
+		Network:     "namespace",
+		NICs:        DefaultNICs,
 		BootTimeout: Duration(2 * time.Minute),
 
 		Factory:        policy.None,
@@ -193,6 +195,13 @@ func (c *Config) Validate() error {
 	return nil
 }
 
+// DefaultNICs is more than most pods have networks, and MaxNICs what fits on a
+// microvm beside everything else.
+const (
+	DefaultNICs = 4
+	MaxNICs     = 16
+)
+
 // MaxVCPUs and MaxMemory bound what may be asked for, in CPUs and MiB.
 const (
 	MaxVCPUs  = 1024
@@ -225,7 +234,7 @@ func (c *Config) check() (key string, err error) {
 	}{
 		{"log-format", c.LogFormat, []string{"text", "json"}},
 		{"transport", c.Transport, []string{"", "serial", "vsock"}},
-		{"network", c.Network, []string{"none", "user"}},
+		{"network", c.Network, []string{"namespace", "none", "user"}},
 		{"template-policy", c.TemplatePolicy, []string{"required", "preferred", "off"}},
 	} {
 		ok := false
@@ -241,6 +250,8 @@ func (c *Config) check() (key string, err error) {
 		return "vcpus", fmt.Errorf("key \"vcpus\" is %d, want 1 to %d", c.VCPUs, MaxVCPUs)
 	case c.Memory < MinMemory || c.Memory > MaxMemory:
 		return "memory", fmt.Errorf("key \"memory\" is %d MiB, want %d to %d", c.Memory, MinMemory, MaxMemory)
+	case c.NICs < 1 || c.NICs > MaxNICs:
+		return "nics", fmt.Errorf("key \"nics\" is %d, want 1 to %d", c.NICs, MaxNICs)
 	case time.Duration(c.BootTimeout) < time.Millisecond || time.Duration(c.BootTimeout) > 24*time.Hour:
 		return "boot-timeout", fmt.Errorf("key \"boot-timeout\" is %s, want 1ms to 24h", c.BootTimeout)
 	case strings.ContainsAny(c.KernelParams, "\x00\n"):

@@ -103,7 +103,7 @@ func TestDecode(t *testing.T) {
 		{name: "not TOML", text: "memory 256\n", err: `f:1: `},
 		{name: "twice", text: "memory = 128\nmemory = 256\n", err: `f:2: `},
 		{name: "bad duration", text: "boot-timeout = \"soon\"\n", err: `f:1: `},
-		{name: "bad network", text: "\n\nnetwork = \"bridge\"\n", err: `f:3: key "network" is "bridge", want "none" or "user"`},
+		{name: "bad network", text: "\n\nnetwork = \"bridge\"\n", err: `f:3: key "network" is "bridge", want "namespace" or "none" or "user"`},
 		{name: "little memory", text: "memory = 1\n", err: `f:1: key "memory" is 1 MiB, want 64 to`},
 		{name: "no cpu", text: "vcpus = 0\n", err: `f:1: key "vcpus" is 0`},
 		{name: "no kernel", text: "kernel = \"\"\n", err: `f:1: key "kernel" is empty`},

@@ -20,7 +20,7 @@ const (
 	// AnnotationMemory is the VM's memory in MiB, or with one of the suffixes
 	// MiB and GiB; at least 64 MiB.
 	AnnotationMemory = AnnotationPrefix + "memory"
-	// AnnotationNetwork is NetworkNone or NetworkUser.
+	// AnnotationNetwork is NetworkNamespace, NetworkNone or NetworkUser.
 	AnnotationNetwork = AnnotationPrefix + "network"
 )
 
@@ -66,8 +66,8 @@ func parseAnnotations(annotations map[string]string) (vmRequest, error) {
 			}
 			req.memoryMiB = uint32(n)
 		case AnnotationNetwork:
-			if v != NetworkNone && v != NetworkUser {
-				return req, fmt.Errorf("annotations[%q]: is %q, want %q or %q", key, clip(v), NetworkNone, NetworkUser)
+			if v != NetworkNamespace && v != NetworkNone && v != NetworkUser {
+				return req, fmt.Errorf("annotations[%q]: is %q, want %q, %q or %q", key, clip(v), NetworkNamespace, NetworkNone, NetworkUser)
 			}
 			req.network = v
 		default:

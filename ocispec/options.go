@@ -8,6 +8,8 @@ import (
 
 // The values of supervisorv1.VM.Network.
 const (
+	// NetworkNamespace gives the pod the interfaces of its network namespace.
+	NetworkNamespace = "namespace"
 	// NetworkNone gives the pod a loopback interface and nothing else.
 	NetworkNone = "none"
 	// NetworkUser gives it the hypervisor's own user-mode network stack.

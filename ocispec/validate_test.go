@@ -110,7 +110,7 @@ func TestBadInput(t *testing.T) {
 		{"annotation unknown", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.kernel_params": "x"} }, `annotations["io.runv.kernel_params"]: is not one of runv's, want io.runv.vcpus, io.runv.memory or io.runv.network`},
 		{"annotation vcpus", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.vcpus": "0"} }, `annotations["io.runv.vcpus"]: is "0", want a number of processors, 1 to 1024`},
 		{"annotation memory", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.memory": "63"} }, `annotations["io.runv.memory"]: is "63", want MiB, or a number with MiB or GiB, of at least 64 MiB`},
-		{"annotation network", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.network": "host"} }, `annotations["io.runv.network"]: is "host", want "none" or "user"`},
+		{"annotation network", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.network": "host"} }, `annotations["io.runv.network"]: is "host", want "namespace", "none" or "user"`},
 
 		{"namespace type", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[0].Type = "disk" }, `linux.namespaces[0].type: "disk" is not a namespace, want pid, network, mount, ipc, uts, user, cgroup or time`},
 		{"namespace twice", func(s *specs.Spec, _ *Options) { s.Linux.Namespaces[1].Type = specs.PIDNamespace }, `linux.namespaces[1].type: pid is given twice`},
