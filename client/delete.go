@@ -111,19 +111,19 @@ func (c *Client) deleteByCall(ctx context.Context, ct *Container) error {
 		}
 		return nil
 	}
-	if !last {
-		// The pod's own container has been deleted or its supervisor has ended.
-		last = !ct.Supervisor.Alive()
-		if !last {
-			return err
-		}
+	if !last && !errors.Is(err, ErrUnavailable) && ct.Supervisor.Alive() {
+		return err
 	}
 	limited, cancel = context.WithTimeout(ctx, endLimit)
 	defer cancel()
 	defer trace.Begin(ctx, "wait for the supervisor's end")()
-	if err := ct.Supervisor.Wait(limited); err != nil {
+	if werr := ct.Supervisor.Wait(limited); werr != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		if !last {
+			// Whether the pod ends is for its own container to say.
+			return err
 		}
 		c.o.Warn(fmt.Errorf("the supervisor of %q does not end and is killed", ct.ID))
 		if err := end(ctx, ct.Supervisor); err != nil {
