@@ -18,8 +18,11 @@ const signals = 64
 
 // cloneArgs is struct clone_args of clone3(2), CLONE_ARGS_SIZE_VER2.
 type cloneArgs struct {
-	flags, pidFD, childTID, parentTID, exitSignal, stack, stackSize, tls uint64
-	setTID, setTIDSize, cgroup                                           uint64
+	flags, pidFD                 uint64
+	_, _                         uint64 // child_tid, parent_tid
+	exitSignal, stack, stackSize uint64
+	_, _, _                      uint64 // tls, set_tid, set_tid_size
+	cgroup                       uint64
 }
 
 type capHeader struct {
@@ -47,7 +50,8 @@ type report struct {
 	errno uint32
 }
 
-// params is all that the child reads and writes, laid out before the clone.
+// params is all that the child reads and writes, laid out before the clone in a
+// box, where all that it points to lies too.
 type params struct {
 	clone cloneArgs
 	pidFD int32
@@ -73,7 +77,8 @@ type params struct {
 	capHdr                 capHeader
 	capData                [2]capData
 	noNewPrivs             bool
-	filter                 *sockFprog
+	filter                 *sockFprog // prog below, or nil
+	prog                   sockFprog
 	filterFlags            uintptr
 
 	procfs   bool
@@ -113,6 +118,18 @@ type programHead struct {
 	path, argv, envv, dir uintptr
 }
 
+// clone3 is clone3(2); in the child, on the stack that args names, it calls the
+// code at entry with p.
+func clone3(args *cloneArgs, size uintptr, p *params, entry uintptr) (pid uintptr, errno uintptr)
+
+// childEntry is where the code of child begins. (A call of child by name from
+// assembly would go through code that the compiler adds, and that the race
+// detector adds to.)
+func childEntry() uintptr {
+	f := child
+	return **(**uintptr)(unsafe.Pointer(&f))
+}
+
 // fork clones the calling thread. It returns in the parent only.
 //
 // It and all that it calls after beforeFork must neither allocate nor grow the
@@ -121,18 +138,17 @@ type programHead struct {
 //go:noinline
 //go:norace
 //go:nocheckptr
-func fork(p *params) (pid uintptr, errno syscall.Errno) {
-	beforeFork()
+func fork(p *params) (uintptr, syscall.Errno) {
 	p.clone.pidFD = uint64(uintptr(unsafe.Pointer(&p.pidFD)))
-	pid, _, errno = syscall.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&p.clone)), unsafe.Sizeof(p.clone), 0)
-	if errno == 0 && pid == 0 {
-		child(p)
-	}
+	entry := childEntry()
+	beforeFork()
+	pid, errno := clone3(&p.clone, unsafe.Sizeof(p.clone), p, entry)
 	afterFork()
-	return pid, errno
+	return pid, syscall.Errno(errno)
 }
 
-// child runs in the child and does not return.
+// child runs in the child and does not return. It has neither the heap nor a
+// goroutine.
 //
 //go:nosplit
 //go:norace
@@ -154,7 +170,7 @@ func child(p *params) {
 	for i = 1; i <= signals; i++ {
 		_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGACTION, i, uintptr(unsafe.Pointer(&p.action)), 0, 8, 0, 0)
 	}
-	// This is a copy of the agent's memory: nobody in the container may look.
+	// This has memory of the agent's: nobody in the container may look.
 	_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 
 	// Reports go to the parent's number for the pipe until the descriptors are

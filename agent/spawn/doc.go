@@ -7,10 +7,11 @@
 // a thread: its namespaces, root and working directory. A caller that changed
 // those has locked its goroutine to the thread (runtime.LockOSThread).
 //
-// The child is a copy of this process with one thread, in which the Go runtime
-// is dead: no allocation, no stack growth, no locks. All that it does between
-// clone and execve is in child.go: raw system calls with arguments that were
-// made ready before. It reports over a close-on-exec pipe:
+// The child is a copy of this process with one thread and without the heap, in
+// which the Go runtime is dead: no allocation, no stack growth, no locks. All
+// that it does between clone and execve is in child.go: raw system calls with
+// arguments that were made ready before, on a stack and with memory of its own
+// (box.go). It reports over a close-on-exec pipe:
 //
 //	child                                    parent
 //	clone ─ setns ─ descriptors ─ ┐

@@ -39,9 +39,10 @@ type Child struct {
 	reaped  bool          // guarded by children
 	exit    Exit          // valid when done is closed
 
-	// The program of a held child that has none yet is sent as it lies here.
-	program []byte
+	// late says that a held child has no program yet; program is where it has
+	// the room for it.
 	late    bool
+	program uintptr
 	procFD  int // in the child, 0: none
 
 	reports *os.File
@@ -73,7 +74,12 @@ func Start(s *Spec) (*Child, error) {
 	if err := s.validate(); err != nil {
 		return nil, err
 	}
-	p, err := newParams(s)
+	box, err := newBox(s.room())
+	if err != nil {
+		return nil, err
+	}
+	defer box.free()
+	p, err := newParams(s, box)
 	if err != nil {
 		return nil, err
 	}
@@ -101,12 +107,10 @@ func Start(s *Spec) (*Child, error) {
 			return nil, err
 		}
 	}
-	for _, f := range s.Setns {
-		fd, err := dup(int(f.Fd()))
-		if err != nil {
+	for i, f := range s.Setns {
+		if p.setns[i], err = dup(int(f.Fd())); err != nil {
 			return nil, err
 		}
-		p.setns = append(p.setns, fd)
 	}
 	reports, childReports, err := pipe()
 	if err != nil {
@@ -130,12 +134,12 @@ func Start(s *Spec) (*Child, error) {
 		return nil, err
 	}
 
-	children.Lock()
 	if p.late {
-		c.program, c.late = p.program, true
+		c.late, c.program = true, uintptr(unsafe.Pointer(&p.program[0]))
 	}
+	excludeHeap()
+	children.Lock()
 	pid, errno := fork(p)
-	runtime.KeepAlive(p)
 	runtime.KeepAlive(s)
 	if errno == 0 {
 		c.Pid = int(pid)
@@ -180,10 +184,47 @@ func Start(s *Spec) (*Child, error) {
 	return c, nil
 }
 
+// room is how many bytes of a box a child of s takes at most.
+func (s *Spec) room() int {
+	const rest = 64 << 10 // the parameters and what alignment loses
+	n := rest + 8*len(s.Setns)
+	if s.Path == "" {
+		n += lateProgram
+	} else {
+		n += s.program().size()
+	}
+	if f := s.ProcFS; f != nil {
+		for _, l := range [][]string{f.Flags, f.Data, {f.Source}} {
+			for _, o := range l {
+				n += len(o) + 128
+			}
+		}
+	}
+	if c := s.Credential; c != nil {
+		n += 4 * len(c.Groups)
+	}
+	if f := s.Seccomp; f != nil {
+		n += len(f.Filter)
+	}
+	return n
+}
+
 // newParams lays out what the child reads.
-func newParams(s *Spec) (*params, error) {
-	p := &params{pidFD: -1}
+func newParams(s *Spec, b *box) (*params, error) {
+	// The stack grows from its end down. Go's functions may store their
+	// arguments above where they begin.
+	stack, err := boxed[byte](b, stackSize)
+	if err != nil {
+		return nil, err
+	}
+	all, err := boxed[params](b, 1)
+	if err != nil {
+		return nil, err
+	}
+	p := &all[0]
+	p.pidFD = -1
 	p.clone.flags = uint64(s.CloneFlags) | unix.CLONE_PIDFD
+	p.clone.stack, p.clone.stackSize = uint64(uintptr(unsafe.Pointer(&stack[0]))), stackSize-64
 	if s.Sibling {
 		p.clone.flags |= unix.CLONE_PARENT // and its signal is this process's
 	} else {
@@ -193,6 +234,9 @@ func newParams(s *Spec) (*params, error) {
 		p.clone.flags |= unix.CLONE_INTO_CGROUP
 		p.clone.cgroup = uint64(s.CgroupFD.Fd())
 	}
+	if p.setns, err = boxed[int](b, len(s.Setns)); err != nil {
+		return nil, err
+	}
 	p.late = s.Path == ""
 	if p.late {
 		p.lateIov.Base = &p.lateFDs.which
@@ -201,20 +245,23 @@ func newParams(s *Spec) (*params, error) {
 		p.lateMsg.Iovlen = 1
 		p.lateMsg.Control = (*byte)(unsafe.Pointer(&p.lateFDs.head))
 		p.lateMsg.SetControllen(int(unsafe.Sizeof(p.lateFDs) - unsafe.Offsetof(p.lateFDs.head)))
-		p.program = make([]byte, lateProgram)
+		if p.program, err = boxed[byte](b, lateProgram); err != nil {
+			return nil, err
+		}
 	} else {
-		p.program = make([]byte, s.program().size())
+		if p.program, err = boxed[byte](b, s.program().size()); err != nil {
+			return nil, err
+		}
 		if err := s.program().layout(p.program, uintptr(unsafe.Pointer(&p.program[0]))); err != nil {
 			return nil, err
 		}
 	}
 	if f := s.ProcFS; f != nil {
 		p.procfs = true
-		var err error
-		if p.procName, err = unix.BytePtrFromString("proc"); err != nil {
+		if p.procName, err = boxedString(b, "proc"); err != nil {
 			return nil, err
 		}
-		if p.procOpts, err = f.options(); err != nil {
+		if p.procOpts, err = f.options(b); err != nil {
 			return nil, err
 		}
 	}
@@ -225,7 +272,9 @@ func newParams(s *Spec) (*params, error) {
 	if c := s.Credential; c != nil {
 		p.setUser = true
 		p.uid, p.gid = uintptr(c.UID), uintptr(c.GID)
-		p.groups = append([]uint32(nil), c.Groups...)
+		if p.groups, err = boxedCopy(b, c.Groups); err != nil {
+			return nil, err
+		}
 	}
 	if s.Umask != nil {
 		p.setUmask = true
@@ -240,7 +289,12 @@ func newParams(s *Spec) (*params, error) {
 	}
 	p.noNewPrivs = s.NoNewPrivs
 	if f := s.Seccomp; f != nil {
-		p.filter = &sockFprog{len: uint16(len(f.Filter) / sockFilterSize), filter: &f.Filter[0]}
+		filter, err := boxedCopy(b, f.Filter)
+		if err != nil {
+			return nil, err
+		}
+		p.prog = sockFprog{len: uint16(len(filter) / sockFilterSize), filter: &filter[0]}
+		p.filter = &p.prog
 		p.filterFlags = uintptr(f.Flags)
 	}
 	return p, nil
@@ -251,22 +305,27 @@ func newParams(s *Spec) (*params, error) {
 const lateProgram = 4 << 20
 
 // options are the calls of fsconfig that make the file system.
-func (f *ProcFS) options() ([]fsOption, error) {
-	var opts []fsOption
+func (f *ProcFS) options(b *box) ([]fsOption, error) {
+	opts, err := boxed[fsOption](b, len(f.Flags)+len(f.Data)+2)
+	if err != nil {
+		return nil, err
+	}
+	n := 0
 	add := func(cmd uintptr, key, value *string) error {
-		o := fsOption{cmd: cmd}
+		o := &opts[n]
+		o.cmd = cmd
+		n++
 		var err error
 		if key != nil {
-			if o.key, err = unix.BytePtrFromString(*key); err != nil {
+			if o.key, err = boxedString(b, *key); err != nil {
 				return fmt.Errorf("spawn: proc option %q: %w", *key, err)
 			}
 		}
 		if value != nil {
-			if o.value, err = unix.BytePtrFromString(*value); err != nil {
+			if o.value, err = boxedString(b, *value); err != nil {
 				return fmt.Errorf("spawn: proc option %q: %w", *value, err)
 			}
 		}
-		opts = append(opts, o)
 		return nil
 	}
 	key, source := "source", f.Source
@@ -536,13 +595,20 @@ func (c *Child) Exec(p *Program) error {
 	if err := p.validate(); err != nil {
 		return err
 	}
-	if err := p.layout(c.program, uintptr(unsafe.Pointer(&c.program[0]))); err != nil {
+	n := p.size()
+	if n > lateProgram {
+		return fmt.Errorf("spawn: %w: arguments and environment have %d bytes, want at most %d", unix.E2BIG, n, lateProgram)
+	}
+	// The byte that wakes it, the length and the program, which has to be aligned.
+	const begin, program = 7, 16
+	msg := make([]byte, program+n)
+	msg[begin] = 1
+	binary.NativeEndian.PutUint64(msg[begin+1:], uint64(n))
+	if err := p.layout(msg[program:], c.program); err != nil {
 		return err
 	}
 	c.late = false
-	msg := binary.NativeEndian.AppendUint64([]byte{1}, uint64(p.size()))
-	_, err := c.goPipe.Write(append(msg, c.program[:p.size()]...))
-	c.program = nil
+	_, err := c.goPipe.Write(msg[begin:])
 	if err == nil {
 		err = c.sendFiles(p.Files)
 	}
