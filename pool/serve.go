@@ -83,13 +83,13 @@ type Options struct {
 
 // factory is the daemon.
 type factory struct {
-	o       Options
-	dir     *os.File // locked as long as the factory lives
-	begun   time.Time
-	spaces  []string
-	kick    chan struct{} // one token: there may be something to refill
-	stop    context.CancelFunc
-	wg      sync.WaitGroup
+	o      Options
+	dir    *os.File // locked as long as the factory lives
+	begun  time.Time
+	spaces []string
+	kick   chan struct{} // one token: there may be something to refill
+	stop   context.CancelFunc
+	wg     sync.WaitGroup
 
 	mu        sync.Mutex // guards the fields below, and those of entries and standbys
 	entries   []*entry

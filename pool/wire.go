@@ -73,7 +73,7 @@ func receive(c *net.UnixConn, m proto.Message) (descriptors, error) {
 		err = io.EOF
 	case err == nil && flags&unix.MSG_TRUNC != 0:
 		err = fmt.Errorf("message has more than %d bytes", maxFrame)
-	case err == nil && flags&unix.MSG_CTRUNC != 0:
+	case err == nil && (flags&unix.MSG_CTRUNC != 0 || len(fds) > maxFiles):
 		err = fmt.Errorf("message has more than %d descriptors, or there is no room for them", maxFiles)
 	case err == nil:
 		err = proto.Unmarshal(buf[:n], m)
