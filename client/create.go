@@ -108,6 +108,9 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (_ *Process, err e
 	if req.StandIn, err = p.ref(); err != nil {
 		return nil, err
 	}
+	if o.Network != NetworkHost && o.Network != NetworkNew {
+		req.NetworkNamespace = o.Network
+	}
 	end()
 	end = trace.Begin(ctx, "supervisor: create")
 	s, err := dialDir(ctx, dir)

@@ -13,6 +13,7 @@ import (
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/hooks"
+	"github.com/hyperhq/runv/network"
 	"github.com/hyperhq/runv/hostcgroup"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
@@ -171,6 +172,9 @@ func (c *Client) finish(ctx context.Context, ct *Container) error {
 		// A process that is none of runv's may have been put there.
 		c.o.Warn(err)
 	}
+	if err := cleanNetwork(ct.NetworkNamespace); err != nil {
+		c.o.Warn(fmt.Errorf("clean up the network of %q: %w", ct.ID, err))
+	}
 	if err := c.o.Store.Remove(ct.ID); err != nil && !errors.Is(err, ErrNotFound) {
 		return err
 	}
@@ -182,6 +186,26 @@ func (c *Client) finish(ctx context.Context, ct *Container) error {
 		c.o.Warn(err)
 	}
 	return nil
+}
+
+// cleanNetwork removes what a supervisor that was killed left in the network
+// namespace at path, unless that is gone too.
+func cleanNetwork(path string) error {
+	if path == "" {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	defer f.Close()
+	if typ, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE); err != nil || typ != unix.CLONE_NEWNET {
+		return nil // the path is something else's now
+	}
+	return network.Clean(f)
 }
 
 // deleteHalfMade removes a container whose creation was cut off before it had a

@@ -247,6 +247,8 @@ func (n *Namespace) setMTU(i, mtu int) error {
 // Status is an interface of the namespace and what became of it.
 type Status struct {
 	Interface
+	// Added by Add.
+	Added bool
 	// Kind is the kernel's word for what made it: veth, macvlan and so on.
 	Kind string
 	// Slot of Interface is -1 if no card stands for it; Problem says why.
@@ -270,7 +272,7 @@ func (n *Namespace) Status() ([]Status, error) {
 		}
 		slots := n.indices()
 		i := slices.Index(slots, a.Index)
-		s := Status{Kind: l.Type()}
+		s := Status{Kind: l.Type(), Added: added(l)}
 		if i >= 0 {
 			s.Interface = f.config(slots).Interfaces[slices.IndexFunc(f.config(slots).Interfaces, func(x Interface) bool { return x.Index == a.Index })]
 		} else {
@@ -310,7 +312,20 @@ func (n *Namespace) Close() error {
 		}
 		n.slots[i] = slot{}
 	}
+	if links, err := n.h.LinkList(); err == nil {
+		errs = append(errs, takeAllAway(n.h, links))
+	}
 	n.h.Close()
+	return errors.Join(errs...)
+}
+
+func takeAllAway(h *netlink.Handle, links []netlink.Link) error {
+	var errs []error
+	for _, l := range links {
+		if added(l) {
+			errs = append(errs, takeAway(h, l))
+		}
+	}
 	return errors.Join(errs...)
 }
 
@@ -331,10 +346,13 @@ func Clean(ns *os.File) error {
 		return err
 	}
 	var errs []error
+	lives := false
 	for _, l := range f.links {
 		a := l.Attrs()
 		if l.Type() == "tuntap" && isTapName(a.Name) {
-			if a.RawFlags&unix.IFF_LOWER_UP == 0 { // nobody has it open
+			if a.RawFlags&unix.IFF_LOWER_UP != 0 {
+				lives = true
+			} else { // nobody has it open
 				if err := h.LinkDel(l); err != nil && !gone(err) {
 					errs = append(errs, fmt.Errorf("remove %s: %w", a.Name, err))
 				}
@@ -348,6 +366,9 @@ func Clean(ns *os.File) error {
 		if err != nil && !gone(err) {
 			errs = append(errs, fmt.Errorf("restore interface %s: %w", a.Name, err))
 		}
+	}
+	if !lives {
+		errs = append(errs, takeAllAway(h, f.links))
 	}
 	return errors.Join(errs...)
 }

@@ -423,3 +423,68 @@ func TestTapCount(t *testing.T) {
 		}
 	}
 }
+
+func TestAdd(t *testing.T) {
+	host, pod := newSpace(t), newSpace(t)
+	host.sh("ip link add br0 type bridge; ip link set br0 mtu 1400 up; ip link add dev0 type veth peer name far0; ip link set far0 up; ip link set dev0 up")
+	before := host.look()
+	// Add works on the namespace of the calling thread.
+	err := inNamespace(host.ns, func() error {
+		n, err := Open(pod.ns, taps(t, 2))
+		if err != nil {
+			return err
+		}
+		p := netip.MustParsePrefix
+		via, err := ParseVia("default=10.5.0.1")
+		if err != nil {
+			return err
+		}
+		if err := n.Add(Spec{Name: "net1", Bridge: "br0", Addresses: []netip.Prefix{p("10.5.0.2/24"), p("fd05::2/64")}, Routes: []Via{via}}); err != nil {
+			return err
+		}
+		if err := n.Add(Spec{Name: "net2", Device: "dev0", MTU: 1450}); err != nil {
+			return err
+		}
+		c, err := n.Sync()
+		if err != nil || len(c.Interfaces) != 2 {
+			t.Errorf("after Add: %+v, %v", c, err)
+		} else if c.Interfaces[0].MTU != 1400 || len(c.Routes) != 1 || c.Routes[0].Gateway.String() != "10.5.0.1" {
+			t.Errorf("net1: %+v, %+v", c.Interfaces[0], c.Routes)
+		}
+		down := false
+		if err := n.Change("net1", Edit{MTU: 1300, AddAddresses: []netip.Prefix{p("10.5.0.3/24")}, RemoveAddresses: []netip.Prefix{p("10.5.0.2/24")}, Up: &down}); err != nil {
+			t.Error(err)
+		}
+		for _, bad := range []Spec{{}, {Name: "lo"}, {Name: "runv1"}, {Name: "a b"}, {Name: "net1"}, {Name: "x", Bridge: "dev9"}, {Name: "x", Bridge: "far0"}, {Name: "x", Device: "lo"}, {Name: "x", Bridge: "a", Device: "b"}, {Name: "x", MTU: 60}, {Name: "x", MAC: net.HardwareAddr{1, 0, 0, 0, 0, 0}}} {
+			if err := n.Add(bad); !errors.Is(err, ErrInvalid) {
+				t.Errorf("%+v: %v", bad, err)
+			}
+		}
+		// What goes wrong in the middle leaves nothing.
+		far := Via{Destination: p("10.9.0.0/16"), Gateway: netip.MustParseAddr("10.8.0.1")}
+		if err := n.Add(Spec{Name: "net3", Routes: []Via{far}}); err == nil {
+			t.Error("a route by a gateway that cannot be reached")
+		}
+		if err := n.Remove("net1"); err != nil {
+			t.Error(err)
+		}
+		st, err := n.Status()
+		if err != nil || len(st) != 1 || !st[0].Added || st[0].Name != "net2" {
+			t.Errorf("status: %+v, %v", st, err)
+		}
+		return n.Close()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	host.sh("ip link set dev0 mtu 1500 up")
+	// A pair may be told of in another order of flags while it comes up again.
+	if after := host.sh("ip -br link | wc -l"); strings.TrimSpace(after) != "4" {
+		t.Errorf("the host has %s interfaces; before it was\n%s\nnow it is\n%s", after, before, host.look())
+	}
+	for _, bad := range []string{"", "default", "default=x", "10.0.0.0/8=fd00::1", "10.0.0.1", "10.0.0.0/8=10.1.1.1=1"} {
+		if _, err := ParseVia(bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("route %q: %v", bad, err)
+		}
+	}
+}

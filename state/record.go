@@ -73,6 +73,9 @@ type Record struct {
 	VCPUs       uint32            `json:"vcpus,omitempty"`
 	MemoryMiB   uint32            `json:"memoryMiB,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
+	// NetworkNamespace is the path of the network namespace in which runv has put
+	// something beside the interfaces, empty if it ends with the container.
+	NetworkNamespace string `json:"networkNamespace,omitempty"`
 	// Cgroups are the directories on the host that were made for the container.
 	Cgroups []string `json:"cgroups,omitempty"`
 	// Resources are the container's limits as they are now, without its rules

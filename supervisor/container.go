@@ -76,6 +76,7 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		ID: req.Id, SandboxID: req.SandboxId, Bundle: req.Bundle, Rootfs: rootfs,
 		OCIVersion: req.OciVersion, Status: state.Creating, Created: time.Now().UTC(),
 		StandIn: standIn, Supervisor: s.self, Hosted: s.o.Hosted, Annotations: req.Annotations,
+		NetworkNamespace: req.NetworkNamespace,
 		PoststopHooks: c.poststop, Terminal: req.Container.Process.GetTerminal(), Owner: int(dir.Uid),
 	}
 	if req.Vm != nil {

@@ -793,6 +793,9 @@ type CreateRequest struct {
 	Container   *v1.CreateContainerRequest `protobuf:"bytes,10,opt,name=container,proto3" json:"container,omitempty"`
 	// The cgroup on the host; absent: none, and no limits are recorded.
 	Cgroup *HostCgroup `protobuf:"bytes,11,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	// Path of the network namespace that the stand-in was put into, empty if it was
+	// made for it: what a supervisor that is killed leaves there is cleaned up.
+	NetworkNamespace string `protobuf:"bytes,12,opt,name=network_namespace,json=networkNamespace,proto3" json:"network_namespace,omitempty"`
 	// Unix time in nanoseconds, 0: no trace. The answer has the spans since then;
 	// so has the error, as a detail of type Trace.
 	TraceSinceUnixNano int64 `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"`
@@ -905,6 +908,13 @@ func (x *CreateRequest) GetCgroup() *HostCgroup {
 		return x.Cgroup
 	}
 	return nil
+}
+
+func (x *CreateRequest) GetNetworkNamespace() string {
+	if x != nil {
+		return x.NetworkNamespace
+	}
+	return ""
 }
 
 func (x *CreateRequest) GetTraceSinceUnixNano() int64 {
@@ -4054,7 +4064,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\aStandIn\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x1d\n" +
 	"\n" +
-	"start_time\x18\x02 \x01(\x04R\tstartTime\"\x85\x05\n" +
+	"start_time\x18\x02 \x01(\x04R\tstartTime\"\xb2\x05\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -4069,7 +4079,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\bstand_in\x18\t \x01(\v2\x1b.runv.supervisor.v1.StandInR\astandIn\x12C\n" +
 	"\tcontainer\x18\n" +
 	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x126\n" +
-	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x121\n" +
+	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x12+\n" +
+	"\x11network_namespace\x18\f \x01(\tR\x10networkNamespace\x121\n" +
 	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
