@@ -13,8 +13,8 @@ import (
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/hooks"
-	"github.com/hyperhq/runv/network"
 	"github.com/hyperhq/runv/hostcgroup"
+	"github.com/hyperhq/runv/network"
 	"github.com/hyperhq/runv/standin"
 	"github.com/hyperhq/runv/state"
 	"github.com/hyperhq/runv/trace"

@@ -67,7 +67,7 @@ type Record struct {
 	Hosted bool `json:"hosted,omitempty"`
 	// VM is the hypervisor's process, which dies with the supervisor but a moment
 	// later; no process before there is one.
-	VM          ProcessRef        `json:"vm,omitzero"`
+	VM ProcessRef `json:"vm,omitzero"`
 	// VCPUs and MemoryMiB are the size of the pod's VM, in the record of its
 	// sandbox container.
 	VCPUs       uint32            `json:"vcpus,omitempty"`

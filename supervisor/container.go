@@ -77,7 +77,7 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		OCIVersion: req.OciVersion, Status: state.Creating, Created: time.Now().UTC(),
 		StandIn: standIn, Supervisor: s.self, Hosted: s.o.Hosted, Annotations: req.Annotations,
 		NetworkNamespace: req.NetworkNamespace,
-		PoststopHooks: c.poststop, Terminal: req.Container.Process.GetTerminal(), Owner: int(dir.Uid),
+		PoststopHooks:    c.poststop, Terminal: req.Container.Process.GetTerminal(), Owner: int(dir.Uid),
 	}
 	if req.Vm != nil {
 		c.record.VCPUs, c.record.MemoryMiB = vmSize(req.Vm)
