@@ -149,13 +149,13 @@ func (a *app) command() *cli.Command {
 			&cli.StringFlag{Name: "trace", TakesFile: true, Usage: "write what the time was spent with to this file, as a Chrome trace"},
 			&cli.StringFlag{Name: "criu", Hidden: true, Usage: "accepted and ignored: a virtual machine is not checkpointed by criu"},
 		}, a.configFlags...),
-		Commands: []*cli.Command{
+		Commands: append([]*cli.Command{
 			a.createCommand(), a.deleteCommand(), a.execCommand(), a.killCommand(), a.listCommand(),
 			a.pauseCommand(), a.psCommand(), a.resumeCommand(), a.runCommand(), a.specCommand(),
 			a.startCommand(), a.stateCommand(), a.featuresCommand(), a.checkCommand(), a.manageCommand(),
 			a.updateCommand(), a.eventsCommand(), a.inspectCommand(), a.logsCommand(),
 			a.manCommand(),
-		},
+		}, a.checkpointCommands()...),
 		EnableShellCompletion:  true,
 		HideHelpCommand:        true,
 		UseShortOptionHandling: true,

@@ -363,7 +363,7 @@ func TestPrintProcesses(t *testing.T) {
 		{Pid: 81, Ppid: 80, Uid: 1000, Tty: "pts/0", StartUnix: now.Unix() - 200_000, Command: "sh"},
 	}
 	var b bytes.Buffer
-	if err := printProcesses(&b, list, "table", now); err != nil {
+	if err := printProcesses(&b, list, now); err != nil {
 		t.Fatal(err)
 	}
 	lines := strings.Split(b.String(), "\n")
@@ -376,9 +376,14 @@ func TestPrintProcesses(t *testing.T) {
 	if f := strings.Fields(lines[2]); f[0] != "1000" || f[5] != "pts/0" || f[4] != time.Unix(now.Unix()-200_000, 0).Format("Jan02") {
 		t.Errorf("%q", lines[2])
 	}
-	b.Reset()
-	if err := printProcesses(&b, list, "json", now); err != nil || b.String() != "[80,81]\n" {
-		t.Errorf("%q, %v", b.String(), err)
+}
+
+func TestCheckpointIsRefused(t *testing.T) {
+	for _, args := range [][]string{{"checkpoint", "--image-path", "/x", "--leave-running", "c"}, {"restore", "--bundle", "/b", "c"}} {
+		err := testApp(t).command().Run(t.Context(), append([]string{"runv"}, args...))
+		if err == nil || !strings.Contains(err.Error(), args[0]+" is not supported") {
+			t.Errorf("%v: %v", args, err)
+		}
 	}
 }
 

@@ -21,7 +21,9 @@ func (a *app) psCommand() *cli.Command {
 		Usage:     "ps displays the processes running inside a container",
 		ArgsUsage: "<container-id> [ps options]",
 		Description: `The processes and their pids are the guest's. They are listed as "ps -ef" lists
-them; ps options are accepted, and change nothing.`,
+them; ps options are accepted, and change nothing. In JSON it is a list of the
+pids on the host of the processes that stand for them: the container's own and one
+for each that was started in it.`,
 		StopOnNthArg: firstArgument(),
 		Flags:        []cli.Flag{formatFlag()},
 		Action: func(ctx context.Context, cmd *cli.Command) error {
@@ -33,29 +35,33 @@ them; ps options are accepted, and change nothing.`,
 				return errors.New("invalid format option")
 			}
 			id := cmd.Args().First()
-			list, err := a.client.Processes(ctx, id)
+			var list []*agentv1.ProcessInfo
+			var err error
+			pids := []int{}
+			if format == "json" {
+				// Who reads it looks them up on the host.
+				pids, err = a.client.HostPids(ctx, id)
+			} else {
+				list, err = a.client.Processes(ctx, id)
+			}
 			if errors.Is(err, client.ErrWrongState) {
 				// A container that has stopped has no processes, as with runc.
 				if ct, gerr := a.client.Get(id); gerr == nil && ct.Status == state.Stopped {
-					list, err = nil, nil
+					err = nil
 				}
 			}
 			if err != nil {
 				return err
 			}
-			return printProcesses(cmd.Root().Writer, list, format, time.Now())
+			if format == "json" {
+				return json.NewEncoder(cmd.Root().Writer).Encode(pids)
+			}
+			return printProcesses(cmd.Root().Writer, list, time.Now())
 		},
 	}
 }
 
-func printProcesses(w io.Writer, list []*agentv1.ProcessInfo, format string, now time.Time) error {
-	if format == "json" {
-		pids := make([]uint32, 0, len(list))
-		for _, p := range list {
-			pids = append(pids, p.Pid)
-		}
-		return json.NewEncoder(w).Encode(pids)
-	}
+func printProcesses(w io.Writer, list []*agentv1.ProcessInfo, now time.Time) error {
 	if _, err := fmt.Fprintln(w, "UID          PID    PPID  C STIME TTY          TIME CMD"); err != nil {
 		return err
 	}

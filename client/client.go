@@ -307,6 +307,20 @@ func (c *Client) Processes(ctx context.Context, id string) ([]*agentv1.ProcessIn
 	return list, err
 }
 
+// HostPids lists the pids of the processes on this host that stand for those of
+// a container, that of its init process first; none if it has stopped.
+func (c *Client) HostPids(ctx context.Context, id string) ([]int, error) {
+	pids := []int{}
+	err := c.call(ctx, id, "container not running", func(s *conn, _ *Container) error {
+		resp, err := s.Processes(ctx, &supervisorv1.ProcessesRequest{Id: id})
+		for _, pid := range resp.GetStandIns() {
+			pids = append(pids, int(pid))
+		}
+		return fromRPC(ctx, err)
+	})
+	return pids, err
+}
+
 // Info asks the supervisor of a sandbox who it is.
 func (c *Client) Info(ctx context.Context, sandboxID string) (*supervisorv1.InfoResponse, error) {
 	s, err := c.dial(ctx, sandboxID)

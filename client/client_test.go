@@ -204,6 +204,9 @@ func TestLife(t *testing.T) {
 	if err := e.Resume(ctx, "c"); err != nil {
 		t.Fatal(err)
 	}
+	if pids, err := e.HostPids(ctx, "c"); err != nil || !slices.Equal(pids, []int{4242}) {
+		t.Errorf("pids on the host: %v, %v", pids, err)
+	}
 	if ps, err := e.Processes(ctx, "c"); err != nil || len(ps) != 1 || ps[0].Pid != 77 {
 		t.Errorf("%v, %v", ps, err)
 	}

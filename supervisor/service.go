@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sort"
 
 	"google.golang.org/grpc/codes"
@@ -270,7 +271,30 @@ func (v *service) Processes(ctx context.Context, req *supervisorv1.ProcessesRequ
 	if err != nil {
 		return answer[supervisorv1.ProcessesResponse](nil, err)
 	}
-	return &supervisorv1.ProcessesResponse{Processes: resp.Processes}, nil
+	return &supervisorv1.ProcessesResponse{Processes: resp.Processes, StandIns: v.s.hostPids(req.Id)}, nil
+}
+
+// hostPids are the pids of the processes on the host that stand for those of a
+// container.
+func (s *Supervisor) hostPids(id string) []int32 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var pids []int32
+	for key, p := range s.processes {
+		if key.container != id || key.exec == "" || p.pidfd == nil {
+			continue
+		}
+		select {
+		case <-p.exited:
+		default:
+			pids = append(pids, int32(p.standIn.Pid))
+		}
+	}
+	slices.Sort(pids)
+	if p := s.processes[processKey{id, ""}]; p != nil {
+		pids = append([]int32{int32(p.standIn.Pid)}, pids...)
+	}
+	return pids
 }
 
 // Pause implements the API.

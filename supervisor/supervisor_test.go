@@ -280,7 +280,7 @@ func TestExec(t *testing.T) {
 		t.Errorf("Resize: %v, %d", err, p.agent.Height("pod", "e1"))
 	}
 	ps, err := api.Processes(t.Context(), &supervisorv1.ProcessesRequest{Id: "pod"})
-	if err != nil || len(ps.Processes) != 2 {
+	if err != nil || len(ps.Processes) != 2 || len(ps.StandIns) != 2 || ps.StandIns[1] != si.ref.Pid {
 		t.Errorf("Processes: %v, %v", ps, err)
 	}
 	if _, err := io.WriteString(si.conns[stdin], "hi"); err != nil {

@@ -531,7 +531,7 @@ func (s *Server) Processes(_ context.Context, req *supervisorv1.ProcessesRequest
 	if _, err := s.now(req.Id, ""); err != nil {
 		return nil, err
 	}
-	return &supervisorv1.ProcessesResponse{Processes: []*agentv1.ProcessInfo{{Pid: 77, Ppid: 1, Tty: "?", Command: "fake"}}}, nil
+	return &supervisorv1.ProcessesResponse{Processes: []*agentv1.ProcessInfo{{Pid: 77, Ppid: 1, Tty: "?", Command: "fake"}}, StandIns: []int32{4242}}, nil
 }
 
 // Pause implements supervisorv1.SupervisorService.

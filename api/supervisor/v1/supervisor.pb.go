@@ -1601,8 +1601,10 @@ func (x *ProcessesRequest) GetId() string {
 }
 
 type ProcessesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Processes     []*v1.ProcessInfo      `protobuf:"bytes,1,rep,name=processes,proto3" json:"processes,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Processes []*v1.ProcessInfo      `protobuf:"bytes,1,rep,name=processes,proto3" json:"processes,omitempty"`
+	// The pids on the host of the stand-ins that run, the init process's first.
+	StandIns      []int32 `protobuf:"varint,2,rep,packed,name=stand_ins,json=standIns,proto3" json:"stand_ins,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1640,6 +1642,13 @@ func (*ProcessesResponse) Descriptor() ([]byte, []int) {
 func (x *ProcessesResponse) GetProcesses() []*v1.ProcessInfo {
 	if x != nil {
 		return x.Processes
+	}
+	return nil
+}
+
+func (x *ProcessesResponse) GetStandIns() []int32 {
+	if x != nil {
+		return x.StandIns
 	}
 	return nil
 }
@@ -4127,9 +4136,10 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x05width\x18\x04 \x01(\rR\x05width\"\x10\n" +
 	"\x0eResizeResponse\"\"\n" +
 	"\x10ProcessesRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"j\n" +
 	"\x11ProcessesResponse\x128\n" +
-	"\tprocesses\x18\x01 \x03(\v2\x1a.runv.agent.v1.ProcessInfoR\tprocesses\"\x1e\n" +
+	"\tprocesses\x18\x01 \x03(\v2\x1a.runv.agent.v1.ProcessInfoR\tprocesses\x12\x1b\n" +
+	"\tstand_ins\x18\x02 \x03(\x05R\bstandIns\"\x1e\n" +
 	"\fPauseRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x0f\n" +
 	"\rPauseResponse\"\x1f\n" +
