@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -91,6 +93,7 @@ func TestTemplate(t *testing.T) {
 		}
 	})
 	t.Run("identity", func(t *testing.T) { testCloneIdentity(clones.in(t)) })
+	t.Run("network", func(t *testing.T) { testCloneNetwork(clones.in(t)) })
 	t.Run("clock", func(t *testing.T) { testCloneClock(clones.in(t)) })
 	t.Run("limit", func(t *testing.T) {
 		r := clones.in(t)
@@ -157,14 +160,34 @@ func TestTemplate(t *testing.T) {
 	})
 }
 
-// Twenty clones have nothing in common that should be a VM's own.
+// firstProgram builds testdata/first.c into a directory that containers can be
+// given.
+func (r *rt) firstProgram() string {
+	r.t.Helper()
+	dir, err := os.MkdirTemp(r.dir, "first")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		r.t.Fatal(err)
+	}
+	gcc := exec.Command("gcc", "-Wall", "-Wextra", "-Werror", "-Os", "-static", "-nostdlib", "-ffreestanding",
+		"-fno-stack-protector", "-fno-pie", "-no-pie", "-o", filepath.Join(dir, "first"), "testdata/first.c")
+	if out, err := gcc.CombinedOutput(); err != nil {
+		r.t.Fatalf("build testdata/first.c: %v: %s", err, out)
+	}
+	return dir
+}
+
+// Twenty clones have nothing in common that should be a VM's own. Their random
+// bytes, and the time, are what the container's first instructions get.
 func testCloneIdentity(r *rt) {
 	const count, atOnce = 20, 3
-	s := sh(`head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; echo
-		adjtimex | awk '/tv_sec/ {print $2}'
-		cat /proc/sys/kernel/random/boot_id
+	const allowed = 50 * time.Millisecond
+	s := spec("/first/first", "/bin/sh", "-c", `cat /proc/sys/kernel/random/boot_id
 		cat /proc/1/root/etc/machine-id
 		hostname`)
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/first", Type: "bind", Source: r.firstProgram(), Options: []string{"bind", "ro"}})
 	// The guest's own names are seen where its processes are.
 	s.Hostname = ""
 	s.Linux.Namespaces = s.Linux.Namespaces[1:]
@@ -206,14 +229,78 @@ func testCloneIdentity(r *rt) {
 				if len(lines[0]) != 64 || len(lines[3]) != 32 || lines[4] != id {
 					r.t.Errorf("%s printed %q", id, lines)
 				}
-				sec, err := strconv.ParseInt(lines[1], 10, 64)
-				if at := time.Unix(sec, 0); err != nil || at.Before(before.Add(-2*time.Second)) || at.After(after.Add(time.Second)) {
-					r.t.Errorf("%s: the time is %q, want one between %d and %d", id, lines[1], before.Unix(), after.Unix())
+				var sec, nsec int64
+				_, err := fmt.Sscanf(lines[1], "%d %d", &sec, &nsec)
+				if at := time.Unix(sec, nsec); err != nil || at.Before(before.Add(-allowed)) || at.After(after.Add(allowed)) {
+					r.t.Errorf("%s: the time is %q, want one between %v and %v", id, lines[1], before, after)
 				}
 			}
 		})
 	}
 	wg.Wait()
+}
+
+// Two clones with a card have different addresses on it, and get a lease.
+func testCloneNetwork(r *rt) {
+	c := *r
+	c.flags = append(append([]string(nil), r.flags...), "--network", "user")
+	seen := make(map[string]bool)
+	for range 2 {
+		res := c.run(sh(`cat /sys/class/net/e*/address; ip -o -4 addr; ip route`))
+		mac, _, _ := strings.Cut(res.stdout, "\n")
+		hw, err := net.ParseMAC(mac)
+		if res.code != 0 || err != nil || len(hw) != 6 || hw[0]&3 != 2 {
+			r.t.Errorf("code %d, address %q, stderr %q", res.code, mac, res.stderr)
+		}
+		if seen[mac] {
+			r.t.Errorf("two clones have the address %s", mac)
+		}
+		seen[mac] = true
+		for _, want := range []string{"10.0.2.15/24", "default via 10.0.2.2"} {
+			if !strings.Contains(res.stdout, want) {
+				r.t.Errorf("stdout has no %q: %s", want, res.stdout)
+			}
+		}
+	}
+}
+
+// A policy of several sizes: its templates are made at once, and a container
+// gets the smallest that serves it.
+func TestFactoryPolicy(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	base := filepath.Join(r.dir, "templates")
+	const policy = `{"cache":2,"template":true,"cpu":1,"memory":160},{"cpu":1,"memory":64},{"cpu":2,"memory":512}`
+	dir := filepath.Join(base, "cpu1-mem160")
+	r.flags = append(append([]string(nil), r.flags...), "--template", base, "--template-policy", "required", "--factory", policy, "--memory", "100")
+	r.t.Cleanup(func() {
+		if _, err := os.Stat(dir); err == nil {
+			r.ok("manage", "remove-template")
+		}
+	})
+	bundle := r.bundle(spec("/bin/true"))
+	r.refused([]string{dir, "does not exist"}, "run", "--bundle", bundle, r.name())
+	if out := r.ok("manage", "create-template"); !strings.HasPrefix(out, "template "+dir+" made") || strings.Count(out, "\n") != 1 {
+		t.Errorf("create-template printed %q", out)
+	}
+	if out := r.ok("manage", "create-template"); out != "template "+dir+" is there and fits\n" {
+		t.Errorf("a second create-template printed %q", out)
+	}
+	id := r.running()
+	if l := r.templates(base); len(l) != 1 || l[0].Template != dir || l[0].MemoryMiB != 160 || l[0].Clones != 1 {
+		t.Errorf("with one container list-templates tells %+v", l)
+	}
+	r.ok("delete", "--force", id)
+	c := *r
+	c.flags = append(append([]string(nil), r.flags...), "--memory", "513")
+	c.refused([]string{"all entries are too small: 1 vcpus and 513 MiB"}, "run", "--bundle", bundle, c.name())
+	c.flags = append(append([]string(nil), r.flags...), "--factory", policy+",{}")
+	c.refused([]string{`key "factory": factory policy: the entry has no "cpu"`, `near "{}"`}, "run", "--bundle", bundle, c.name())
+	if out := r.ok("manage", "remove-template", "--policy", policy); out != "template "+dir+" removed\n" {
+		t.Errorf("remove-template printed %q", out)
+	}
+	r.refused([]string{dir, "does not exist"}, "manage", "remove-template")
 }
 
 // The clock of a clone is the host's within 50 ms: each answer lies between the
