@@ -115,6 +115,8 @@ func Boot() error {
 	if err := delegateControllers(CgroupRoot); err != nil {
 		return err
 	}
+	// A kernel that cannot is only slower.
+	_ = calmWatcher("/proc")
 	return linkUp("lo")
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,6 +42,9 @@ type modules struct {
 	boot    []string            // files
 	later   map[string][]string // name → files, the module itself last
 	aliases []moduleAlias
+
+	mu    sync.Mutex
+	asked map[string]error // what came of load: nothing unloads a module; guarded by mu
 }
 
 type moduleAlias struct{ pattern, name string }
@@ -147,8 +151,25 @@ func (m *modules) names(alias string) []string {
 	return names
 }
 
-// load loads the module with a name or an alias, and what it depends on.
+// load loads the module with a name or an alias, and what it depends on. What
+// has come of it is remembered, unless it failed.
 func (m *modules) load(alias string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err, ok := m.asked[alias]; ok {
+		return err
+	}
+	err := m.loadNew(alias)
+	if err == nil || errors.Is(err, errNoModule) {
+		if m.asked == nil {
+			m.asked = make(map[string]error)
+		}
+		m.asked[alias] = err
+	}
+	return err
+}
+
+func (m *modules) loadNew(alias string) error {
 	names := m.names(alias)
 	if len(names) == 0 {
 		return fmt.Errorf("load module %q: %w", alias, errNoModule)

@@ -10,6 +10,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
@@ -40,9 +43,23 @@ func (a *Agent) settle(ctx context.Context) (skipped string, err error) {
 		a.log.Printf("settle: %v", err)
 		skipped = err.Error()
 	}
+	useMessages()
 	// The garbage of the boot is collected here and not in every clone.
 	runtime.GC()
 	return skipped, nil
+}
+
+// useMessages encodes and decodes every kind of message once: the library works
+// out how, by reflection, when one is used for the first time.
+func useMessages() {
+	protoregistry.GlobalTypes.RangeMessages(func(kind protoreflect.MessageType) bool {
+		m := kind.New()
+		m.Range(func(protoreflect.FieldDescriptor, protoreflect.Value) bool { return true })
+		if b, err := proto.Marshal(m.Interface()); err == nil {
+			_ = proto.Unmarshal(b, kind.New().Interface())
+		}
+		return true
+	})
 }
 
 // try runs a container that does nothing, so that the kernel and the agent have
@@ -86,7 +103,7 @@ func (a *Agent) try(ctx context.Context) (err error) {
 
 // settleModules are those that are loaded when a container needs them, and that
 // most do.
-var settleModules = []string{"overlay", "af_packet"}
+var settleModules = []string{"overlay", "af_packet", "fs-9p"}
 
 // Settle implements System.
 func (g *Guest) Settle(ctx context.Context) error {

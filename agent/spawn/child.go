@@ -16,6 +16,9 @@ const (
 
 const signals = 64
 
+// timerSlack is the kernel's default, in nanoseconds.
+const timerSlack = 50_000
+
 // cloneArgs is struct clone_args of clone3(2), CLONE_ARGS_SIZE_VER2.
 type cloneArgs struct {
 	flags, pidFD                 uint64
@@ -170,6 +173,8 @@ func child(p *params) {
 	for i = 1; i <= signals; i++ {
 		_, _, _ = syscall.RawSyscall6(unix.SYS_RT_SIGACTION, i, uintptr(unsafe.Pointer(&p.action)), 0, 8, 0, 0)
 	}
+	// Threads of this process may have another.
+	_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, timerSlack, 0)
 	// This has memory of the agent's: nobody in the container may look.
 	_, _, _ = syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0)
 
