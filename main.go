@@ -153,7 +153,7 @@ func (a *app) command() *cli.Command {
 			a.createCommand(), a.deleteCommand(), a.execCommand(), a.killCommand(), a.listCommand(),
 			a.pauseCommand(), a.psCommand(), a.resumeCommand(), a.runCommand(), a.specCommand(),
 			a.startCommand(), a.stateCommand(), a.featuresCommand(), a.checkCommand(), a.manageCommand(),
-			a.updateCommand(), a.eventsCommand(), a.inspectCommand(), a.logsCommand(),
+			a.updateCommand(), a.interfaceCommand(), a.eventsCommand(), a.inspectCommand(), a.logsCommand(),
 			a.manCommand(),
 		}, a.checkpointCommands()...),
 		EnableShellCompletion:  true,

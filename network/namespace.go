@@ -372,3 +372,6 @@ func Clean(ns *os.File) error {
 	}
 	return errors.Join(errs...)
 }
+
+// Cards is how many interfaces the VM can have.
+func (n *Namespace) Cards() int { return len(n.slots) }
