@@ -43,16 +43,16 @@ type contender struct {
 // Directories below contender.dir.
 func (r *contender) root() string           { return filepath.Join(r.dir, "root") }
 func (r *contender) template() string       { return filepath.Join(r.dir, "template") }
+func (r *contender) factory() string        { return filepath.Join(r.dir, "factory") }
 func (r *contender) bundle(n string) string { return filepath.Join(r.dir, "bundles", n) }
 
 // command is a command line of the runtime.
 func (r *contender) command(args ...string) []string {
 	line := append([]string{r.program, "--root", r.root()}, r.flags...)
+	line = append(line, args...)
+	names := strings.NewReplacer("{template}", r.template(), "{factory}", r.factory())
 	for i, f := range line {
-		line[i] = strings.ReplaceAll(f, "{template}", r.template())
-	}
-	for _, a := range args {
-		line = append(line, strings.ReplaceAll(a, "{template}", r.template()))
+		line[i] = names.Replace(f)
 	}
 	return line
 }
@@ -69,12 +69,12 @@ func peers(o options) []*contender {
 		}
 		return &contender{name: name, program: o.runv, flags: append(append(base, o.runvFlags...), flags...)}
 	}
-	cold := runv("runv cold", "--template", "off")
-	template := runv("runv template", "--template", "{template}", "--template-policy", "required")
+	cold := runv("runv cold", "--template", "off", "--factory-dir", "off")
+	template := runv("runv template", "--template", "{template}", "--template-policy", "required", "--factory-dir", "off")
 	template.needs = []string{"create-template", "remove-template"}
 	template.prepare = [][]string{{"manage", "create-template", "--template", "{template}"}}
 	template.undo = [][]string{{"manage", "remove-template", "--template", "{template}"}}
-	pool := runv("runv pool", "--template", "{template}", "--template-policy", "required")
+	pool := runv("runv pool", "--template", "{template}", "--template-policy", "required", "--factory-dir", "{factory}")
 	pool.needs = []string{"create-template", "remove-template", "factory"}
 	pool.prepare = append(template.prepare[:1:1], []string{"manage", "factory", "start"})
 	pool.undo = append([][]string{{"manage", "factory", "stop"}}, template.undo...)
@@ -182,6 +182,9 @@ func (b *bench) prepare(ctx context.Context, r *contender) error {
 			return err
 		}
 	}
+	if err := b.stocked(ctx, r); err != nil {
+		return err
+	}
 	if table, err = processes("/proc"); err != nil {
 		return err
 	}
@@ -204,7 +207,8 @@ func (b *bench) try(ctx context.Context, r *contender) error {
 	return err
 }
 
-// stocked waits until a pool has something ready, which is not part of any time.
+// stocked waits until a pool is full and so does nothing, which is not part of any
+// time.
 func (b *bench) stocked(ctx context.Context, r *contender) error {
 	if !r.pool {
 		return nil
@@ -218,11 +222,11 @@ func (b *bench) stocked(ctx context.Context, r *contender) error {
 		if err != nil {
 			return err
 		}
-		var status struct{ Ready int }
+		var status struct{ Size, Ready int }
 		if err := json.Unmarshal([]byte(text), &status); err != nil {
 			return fmt.Errorf("manage factory status: %w", err)
 		}
-		if status.Ready > 0 {
+		if status.Ready > 0 && status.Ready >= status.Size {
 			return nil
 		}
 		select {
