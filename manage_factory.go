@@ -133,6 +133,10 @@ template is configured.`,
 
 // factoryEntries is what the factory is to keep.
 func (a *app) factoryEntries(cmd *cli.Command) ([]pool.Entry, error) {
+	// As if the key said so: where the templates are depends on it.
+	if text := cmd.String("policy"); text != "" {
+		a.config.Factory = text
+	}
 	base, err := a.vm()
 	if err != nil {
 		return nil, err
