@@ -108,9 +108,9 @@ func TestParse(t *testing.T) {
 func TestCommandLine(t *testing.T) {
 	all := peers(options{runv: "/x/runv", kernel: "/k", runvFlags: []string{"--vcpus", "2"}, variants: []string{"big=--memory 2048"}})
 	want := map[string]string{
-		"runv cold":     "/x/runv --root /d/root --kernel /k --vcpus 2 --template off state id",
-		"runv template": "/x/runv --root /d/root --kernel /k --vcpus 2 --template /d/template --template-policy required state id",
-		"runv pool":     "/x/runv --root /d/root --kernel /k --vcpus 2 --template /d/template --template-policy required state id",
+		"runv cold":     "/x/runv --root /d/root --kernel /k --vcpus 2 --template off --factory-dir off state id",
+		"runv template": "/x/runv --root /d/root --kernel /k --vcpus 2 --template /d/template --template-policy required --factory-dir off state id",
+		"runv pool":     "/x/runv --root /d/root --kernel /k --vcpus 2 --template /d/template --template-policy required --factory-dir /d/factory state id",
 		"big":           "/x/runv --root /d/root --kernel /k --vcpus 2 --memory 2048 state id",
 		"runc":          "runc --root /d/root state id",
 		"crun":          "crun --root /d/root state id",
