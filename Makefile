@@ -95,6 +95,10 @@ integration: guest ## Run the end-to-end tests against the built binaries (as ro
 validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as root)
 	cd tests/oci && $(GO) run .
 
+.PHONY: test-clients
+test-clients: guest ## Use runv as its clients do: containerd, Podman, … (as root); CLIENTS='podman' selects
+	@build/test-clients.sh $(CLIENTS)
+
 .PHONY: bench
 bench: guest ## Measure runv beside runc, crun and runsc (as root); BENCH='--quick' or other flags
 	@tests/bench/setup.sh
