@@ -107,7 +107,7 @@ func (a *app) exec(ctx context.Context, cmd *cli.Command) (int, error) {
 	}
 	defer x.close()
 	p, err := a.client.Exec(ctx, client.ExecOptions{
-		ID: id, Process: ap, Stdio: x.stdio, PidFile: cmd.String("pid-file"), IgnorePaused: cmd.Bool("ignore-paused"),
+		ID: id, Ready: sig.ready, Process: ap, Stdio: x.stdio, PidFile: cmd.String("pid-file"), IgnorePaused: cmd.Bool("ignore-paused"),
 	})
 	if err != nil {
 		return 0, err

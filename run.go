@@ -71,6 +71,7 @@ func (a *app) run(ctx context.Context, cmd *cli.Command) (code int, err error) {
 			return 0, err
 		}
 	}
+	<-sig.ready
 	end = trace.Begin(ctx, "start")
 	err = a.client.Start(ctx, id)
 	end()

@@ -70,6 +70,8 @@ type signals struct {
 	to   chan forwarding
 	stop chan struct{}
 	done chan struct{}
+	// ready is closed when all signals are caught.
+	ready chan struct{}
 }
 
 // forwarding is the request of forward.
@@ -78,18 +80,24 @@ type forwarding struct {
 	ready chan struct{} // closed when it has effect
 }
 
-// catchSignals begins to do so. The caller stops it.
+// catchSignals begins to do so. The caller stops it. Signals that end the
+// command are caught at once; the others, of which there are many and each of
+// which takes the Go runtime a switch of threads and back, beside what the
+// command does next: they are needed when a program may run, see ready.
 func catchSignals(ctx context.Context) (context.Context, *signals) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	s := &signals{
 		c: make(chan os.Signal, 64), to: make(chan forwarding),
-		stop: make(chan struct{}), done: make(chan struct{}),
+		stop: make(chan struct{}), done: make(chan struct{}), ready: make(chan struct{}),
 	}
-	signal.Notify(s.c, forwarded()...)
+	signal.Notify(s.c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	go func() {
+		defer close(s.ready)
+		signal.Notify(s.c, forwarded()...)
+	}()
 	go func() {
 		defer close(s.done)
 		defer cancel(context.Canceled)
-		defer signal.Stop(s.c)
 		var (
 			pass    func(syscall.Signal)
 			waiting []syscall.Signal // at most one of each, as the kernel does it
@@ -158,8 +166,10 @@ func (s *signals) forward(pass func(syscall.Signal)) {
 	}
 }
 
-// end stops catching and waits until that is so.
+// end stops acting on signals and waits until that is so. They stay caught: the
+// command is about to end, and to give up each would take as long as to catch it.
 func (s *signals) end() {
 	close(s.stop)
 	<-s.done
+	<-s.ready
 }

@@ -230,6 +230,9 @@ type ExecOptions struct {
 	Process *agentv1.Process
 	Stdio   Stdio
 	PidFile string
+	// Ready, if not nil, is closed when the process may run; the rest of the
+	// preparation does not wait for it.
+	Ready <-chan struct{}
 	// IgnorePaused allows it in a paused container, where the process waits
 	// until the container is resumed.
 	IgnorePaused bool
@@ -270,6 +273,9 @@ func (c *Client) Exec(ctx context.Context, o ExecOptions) (p *Process, err error
 			return err
 		}
 		end()
+		if o.Ready != nil {
+			<-o.Ready
+		}
 		end = trace.Begin(ctx, "supervisor: exec")
 		resp, err := s.Exec(ctx, &supervisorv1.ExecRequest{
 			Id: o.ID, ExecId: execID, StandIn: ref, Process: o.Process,

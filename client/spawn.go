@@ -154,7 +154,7 @@ func (c *Client) standIn(ctx context.Context, dir *os.File, id, execID string, i
 			cmd.Stderr = io.Err
 		}
 	}
-	start := cmd.Start
+	start := func() error { return standin.StartBlocked(cmd.Start) }
 	switch network {
 	case NetworkHost:
 	case NetworkNew:
@@ -183,7 +183,7 @@ func startIn(path string, cmd *exec.Cmd) error {
 			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 				return &os.PathError{Op: "join network namespace", Path: path, Err: err}
 			}
-			return cmd.Start()
+			return standin.StartBlocked(cmd.Start)
 		}()
 	}()
 	return <-errc

@@ -73,23 +73,114 @@ func Main(args []string) {
 	exit.Die()
 }
 
+// blocked are the signals that a stand-in is started with blocked: all that the
+// Go runtime leaves so. It takes them from a signalfd then, which costs one
+// system call; to have the runtime catch a signal costs a switch of threads and
+// back for each, some milliseconds for all. None is lost or deadly before that.
+func blocked() (set unix.Sigset_t) {
+	for s := unix.Signal(1); s <= 64; s++ {
+		switch s {
+		case unix.SIGKILL, unix.SIGSTOP, unix.SIGPIPE:
+		case unix.SIGILL, unix.SIGTRAP, unix.SIGBUS, unix.SIGFPE, unix.SIGSEGV:
+			// The runtime's own faults must not wait.
+		default:
+			addSignal(&set, s)
+		}
+	}
+	return set
+}
+
+const wordBits = int(unsafe.Sizeof(unix.Sigset_t{}.Val[0])) * 8
+
+func addSignal(set *unix.Sigset_t, s unix.Signal) {
+	set.Val[(int(s)-1)/wordBits] |= 1 << ((int(s) - 1) % wordBits)
+}
+
+func hasSignal(set *unix.Sigset_t, s unix.Signal) bool {
+	return set.Val[(int(s)-1)/wordBits]&(1<<((int(s)-1)%wordBits)) != 0
+}
+
+// StartBlocked calls start, which starts a stand-in, with the signals blocked
+// that the stand-in should find so. start must start it on its own thread, as
+// os/exec does.
+func StartBlocked(start func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	set, old := blocked(), unix.Sigset_t{}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &set, &old); err != nil {
+		return start() // it catches them itself
+	}
+	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
+	return start()
+}
+
 // AllSignals catches every signal that a program can catch, but those that a
 // Go program meets by its own doing: SIGPIPE of a broken output, and the three
 // real-time signals that the runtime leaves to C libraries.
 func AllSignals() (<-chan os.Signal, func()) {
+	c := make(chan os.Signal, 256)
+	fromFile, stop := signalFile(c)
 	var list []os.Signal
 	for s := unix.Signal(1); s <= 64; s++ {
 		switch s {
 		case unix.SIGKILL, unix.SIGSTOP, unix.SIGPIPE:
 			continue
 		}
-		list = append(list, s)
+		if !hasSignal(&fromFile, s) {
+			list = append(list, s)
+		}
 	}
 	// A broken output must be an error of write, not the end of the stand-in.
 	signal.Ignore(unix.SIGPIPE)
-	c := make(chan os.Signal, 256)
 	signal.Notify(c, list...)
-	return c, func() { signal.Stop(c) }
+	return c, func() {
+		signal.Stop(c)
+		stop()
+	}
+}
+
+// signalFile takes the signals that are blocked from a signalfd and returns
+// which those are.
+func signalFile(c chan<- os.Signal) (set unix.Sigset_t, stop func()) {
+	nothing := func() {}
+	var is unix.Sigset_t
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, nil, &is); err != nil {
+		return set, nothing
+	}
+	want := blocked()
+	some := false
+	for i := range set.Val {
+		set.Val[i] = want.Val[i] & is.Val[i]
+		some = some || set.Val[i] != 0
+	}
+	if !some {
+		return set, nothing
+	}
+	fd, err := unix.Signalfd(-1, &set, unix.SFD_CLOEXEC|unix.SFD_NONBLOCK)
+	if err != nil {
+		return unix.Sigset_t{}, nothing
+	}
+	f := os.NewFile(uintptr(fd), "signalfd")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var info [unsafe.Sizeof(unix.SignalfdSiginfo{})]byte
+		for {
+			n, err := f.Read(info[:])
+			if err != nil || n != len(info) {
+				return
+			}
+			s := unix.Signal((*unix.SignalfdSiginfo)(unsafe.Pointer(&info)).Signo)
+			select {
+			case c <- s:
+			default: // as os/signal does with who does not listen
+			}
+		}
+	}()
+	return set, func() {
+		_ = f.Close()
+		<-done
+	}
 }
 
 // deadly are the signals whose default action ends a process.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -423,5 +424,63 @@ func TestRunInProcess(t *testing.T) {
 	cancel()
 	if _, err := Run(ctx, Options{ID: "c", Dir: p.dir}); !errors.Is(err, ErrLost) {
 		t.Errorf("after the context's end: %v", err)
+	}
+}
+
+// TestBlockedSignals: a stand-in that is started with its signals blocked takes
+// them from there, and the thread that started it has its own mask again.
+func TestBlockedSignals(t *testing.T) {
+	if os.Getenv("STANDIN_TEST_SIGNALS") != "" {
+		c, stop := AllSignals()
+		defer stop()
+		fmt.Println("ready")
+		for range 2 {
+			fmt.Println(int((<-c).(syscall.Signal)))
+		}
+		stop()
+		return
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before, after unix.Sigset_t
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, nil, &before); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^TestBlockedSignals$")
+	cmd.Env = append(os.Environ(), "STANDIN_TEST_SIGNALS=1", "GODEBUG=asyncpreemptoff=1")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := StartBlocked(cmd.Start); err != nil {
+		t.Fatal(err)
+	}
+	// At once, whether or not it has come to main.
+	if err := cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, nil, &after); err != nil {
+		t.Fatal(err)
+	}
+	if before != after {
+		t.Errorf("the mask was %x and is %x", before.Val[0], after.Val[0])
+	}
+	lines := bufio.NewScanner(out)
+	var got []string
+	for len(got) < 2 && lines.Scan() {
+		got = append(got, lines.Text())
+	}
+	// One of those that the runtime does not leave blocked.
+	if err := cmd.Process.Signal(syscall.SIGCHLD); err != nil {
+		t.Error(err)
+	}
+	for lines.Scan() {
+		got = append(got, lines.Text())
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"ready", "10", "17"}; len(got) < 3 || !slices.Equal(got[:3], want) {
+		t.Errorf("printed %q, want %q first", got, want)
 	}
 }

@@ -432,7 +432,7 @@ func serially(warn func(line string)) func(line string) {
 // finishes what it began, so that it can be taken back.
 func (s *Supervisor) createInGuest(ctx context.Context, m *machine, first bool, req *supervisorv1.CreateRequest) error {
 	if !first {
-		ctx = s.ops
+		ctx = trace.With(s.ops, trace.From(ctx))
 	}
 	limit := time.Duration(req.Vm.GetBootTimeoutMs()) * time.Millisecond
 	if limit == 0 {
@@ -673,7 +673,7 @@ func (s *Supervisor) exec(ctx context.Context, c *container, req *supervisorv1.E
 	p := s.newProcess(key, req.Process, req.Stdio, standIn, pidfd)
 	// Not the caller's context: a process that nobody has heard of any more could
 	// not be taken back.
-	limited := s.ops
+	limited := trace.With(s.ops, trace.From(ctx))
 	if st != paused { // there it waits until the container is resumed
 		var cancel context.CancelFunc
 		limited, cancel = context.WithTimeout(limited, callTimeout)
