@@ -39,10 +39,16 @@ const (
 	// MemoryOverhead is added to limits of memory, in bytes: the guest's kernel
 	// and agent, the heap and the translated code of the hypervisor, supervisor
 	// and stand-ins.
-	MemoryOverhead = 256 << 20
-	// PidsOverhead is added to limits of tasks: threads of the hypervisor (up to
-	// 64 of them serve files), the supervisor's, and those of the stand-ins.
-	PidsOverhead = 1024
+	MemoryOverhead = 512 << 20
+	// MemoryShare: one part in so many of a limit is added too, since a larger
+	// guest has more to keep books of (1/64 of its memory is the kernel's array
+	// of pages).
+	MemoryShare = 32
+	// LeastPids is the lowest limit of tasks that is set. The container's own is
+	// kept in the guest; on the host count threads of the hypervisor (up to 64 of
+	// them serve files), of the supervisor and of the stand-ins, and none of
+	// these survives that it cannot make another.
+	LeastPids = 512
 )
 
 // ErrUnavailable is wrapped by errors that say that this host does not let
@@ -159,6 +165,9 @@ func (g *Group) Make(pids ...int) (err error) {
 		}
 	}()
 	err = g.m.Apply(pids[0])
+	if err == nil {
+		err = g.joinDevices(pids[0])
+	}
 	g.findOrigin(before, pids[0])
 	if err != nil {
 		return fmt.Errorf("make cgroup %s: %w", g.name, unavailable(err))
@@ -192,8 +201,20 @@ func (g *Group) add(pid int) error {
 	return nil
 }
 
-// made are the directories that are there, by controller. The library leaves out
-// that of the device controller if it is to have no rules.
+// joinDevices does what the library leaves out if a cgroup is to have no rules
+// for devices: what looks for a container's processes often looks there.
+func (g *Group) joinDevices(pid int) error {
+	dir := g.m.Path("devices")
+	if c, err := g.m.GetCgroups(); err != nil || c.Systemd || dir == "" || cgroups.IsCgroup2UnifiedMode() {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return cgroups.WriteCgroupProc(dir, pid)
+}
+
+// made are the directories that are there, by controller.
 func (g *Group) made() map[string]string {
 	dirs := make(map[string]string)
 	for controller, dir := range g.m.GetPaths() {

@@ -15,19 +15,21 @@ import (
 type part struct {
 	// field of config.json, for messages.
 	field string
+	// controllers of cgroup v1 that have the limits.
+	controllers []string
 	// of translates; false: none is asked for.
 	of func(r *specs.LinuxResources) (*cgroups.Resources, bool)
 }
 
 // parts in the order in which they are written.
 var parts = []part{
-	{"linux.resources.memory", memory},
-	{"linux.resources.cpu", cpu},
-	{"linux.resources.cpu.cpus", cpuset},
-	{"linux.resources.pids", pids},
-	{"linux.resources.blockIO", blockIO},
-	{"linux.resources.hugepageLimits", hugepages},
-	{"linux.resources.network", network},
+	{"linux.resources.memory", []string{"memory"}, memory},
+	{"linux.resources.cpu", []string{"cpu"}, cpu},
+	{"linux.resources.cpu.cpus", []string{"cpuset"}, cpuset},
+	{"linux.resources.pids", []string{"pids"}, pids},
+	{"linux.resources.blockIO", []string{"blkio"}, blockIO},
+	{"linux.resources.hugepageLimits", []string{"hugetlb"}, hugepages},
+	{"linux.resources.network", []string{"net_cls", "net_prio"}, network},
 }
 
 // speed are the parts that would make the start of a VM slow.
@@ -78,12 +80,29 @@ func (g *Group) set(r *specs.LinuxResources, p part, required bool, warn func(li
 	if err == nil {
 		return nil
 	}
-	err = unavailable(err)
+	if err = unavailable(err); !g.has(p.controllers) {
+		// The library's own error for this is a text.
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
 	if errors.Is(err, ErrUnavailable) && !required {
 		warn(fmt.Sprintf("%s: is not enforced on the host: %v", p.field, err))
 		return nil
 	}
 	return fmt.Errorf("%s: cgroup %s: %w", p.field, g.name, err)
+}
+
+// has says whether the host has the controllers, as far as the group is in them.
+func (g *Group) has(controllers []string) bool {
+	paths := g.m.GetPaths()
+	if _, v2 := paths[""]; v2 && len(paths) == 1 {
+		return true // what is missing there is an error of the kernel's
+	}
+	for _, c := range controllers {
+		if !isCgroup(paths[c]) {
+			return false
+		}
+	}
+	return true
 }
 
 func value[T any](p *T) T {
@@ -95,11 +114,12 @@ func value[T any](p *T) T {
 }
 
 // more adds the VM's share to a limit; 0 and -1 stay what they are.
-func more(limit, overhead int64) int64 {
-	switch {
-	case limit <= 0:
+func more(limit int64) int64 {
+	if limit <= 0 {
 		return limit
-	case limit > math.MaxInt64-overhead:
+	}
+	overhead := limit/MemoryShare + MemoryOverhead
+	if limit > math.MaxInt64-overhead {
 		return -1
 	}
 	return limit + overhead
@@ -111,9 +131,9 @@ func memory(r *specs.LinuxResources) (*cgroups.Resources, bool) {
 	}
 	m := r.Memory
 	c := &cgroups.Resources{
-		Memory:            more(value(m.Limit), MemoryOverhead),
-		MemoryReservation: more(value(m.Reservation), MemoryOverhead),
-		MemorySwap:        more(value(m.Swap), MemoryOverhead),
+		Memory:            more(value(m.Limit)),
+		MemoryReservation: more(value(m.Reservation)),
+		MemorySwap:        more(value(m.Swap)),
 		MemorySwappiness:  m.Swappiness,
 		// disableOOMKiller is not passed on: it would make a VM that has no
 		// memory left stand still for good, with whoever looks at it.
@@ -145,7 +165,7 @@ func pids(r *specs.LinuxResources) (*cgroups.Resources, bool) {
 	}
 	limit := *r.Pids.Limit
 	if limit >= 0 {
-		limit = more(max(1, limit), PidsOverhead)
+		limit = max(limit, LeastPids)
 	}
 	return &cgroups.Resources{PidsLimit: &limit}, true
 }

@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -88,6 +89,17 @@ func (g *cgroup) make(s *Supervisor, r *specs.LinuxResources, warn func(line str
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 	return nil
+}
+
+// await returns when the cgroup has been made, or could not be.
+func (g *cgroup) await(ctx context.Context) {
+	if g == nil {
+		return
+	}
+	select {
+	case <-g.made:
+	case <-ctx.Done():
+	}
 }
 
 // use runs f with the group, if there is one.

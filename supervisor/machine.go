@@ -149,6 +149,12 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	if b != nil {
 		m = b.machine
 	} else {
+		// A hypervisor that loads a kernel fills much memory before anybody hears of
+		// it, and memory belongs to the cgroup in which it was first used. A clone
+		// does not, and has no time to wait.
+		if vm.Template == "" {
+			c.cgroup.await(ctx)
+		}
 		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, started: func(m *machine) error {
 			// Written at once: whoever cleans up after a supervisor that was
 			// killed waits for the hypervisor's end.
