@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/yamux"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/mux"
 )
 
 const (
@@ -65,7 +66,7 @@ func (s *stream) lost() bool { return s.session.mux.IsClosed() }
 // ServeConn serves one connection until it ends or ctx does, and closes it.
 // Processes and containers stay. Connections are served one at a time.
 func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
-	mux, err := yamux.Server(conn, muxConfig(a.log.Writer()))
+	mux, err := yamux.Server(mux.WholeFrames(conn), muxConfig(a.log.Writer()))
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}

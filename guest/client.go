@@ -36,6 +36,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/mux"
 )
 
 var (
@@ -95,7 +96,7 @@ func Connect(ctx context.Context, conn net.Conn, opts Options) (*Client, error) 
 		opts.Now = time.Now
 	}
 	c := &Client{opts: opts, conn: conn, done: make(chan struct{})}
-	session, err := yamux.Client(newMuxGuard(conn, c.kill), muxConfig())
+	session, err := yamux.Client(mux.WholeFrames(newMuxGuard(conn, c.kill)), muxConfig())
 	if err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("start session with guest agent: %w", err)
