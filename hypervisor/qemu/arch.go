@@ -20,6 +20,8 @@ type arch struct {
 	order    []string
 	// params are the kernel parameters of every machine type.
 	params func(ArgsOptions) []string
+	// emulated is the CPU model for TCG.
+	emulated string
 }
 
 // machine is a machine type of QEMU.
@@ -58,6 +60,11 @@ var arches = map[string]arch{
 			},
 		},
 		params: commonParams,
+		// The kernel takes "enhanced rep movsb" for a reason to copy and clear byte
+		// by byte, and TCG does that with one turn of a loop per byte. Without it
+		// the kernel uses words (measured: 16 % of all that the guest executes to
+		// create a container was memset).
+		emulated: "max,-erms",
 	},
 	"arm64": {
 		binary: "qemu-system-aarch64",
@@ -75,7 +82,8 @@ var arches = map[string]arch{
 				params: func(ArgsOptions) []string { return []string{"console=ttyAMA0"} },
 			},
 		},
-		params: commonParams,
+		params:   commonParams,
+		emulated: "max",
 	},
 }
 

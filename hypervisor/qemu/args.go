@@ -105,7 +105,7 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 	if m.bus == busMMIO {
 		b.add("-global", "virtio-mmio.force-legacy=off")
 	}
-	cpu := "max"
+	cpu := a.emulated
 	if o.Accel == KVM {
 		cpu = "host"
 	}
