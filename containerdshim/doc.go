@@ -11,8 +11,8 @@
 //
 // The service is a client of its own supervisor, like the command line is: the
 // pod has the same directory, records and sockets, so `runv --root … list`,
-// exec and the like work on it. Bytes of stdio never pass through the service:
-// the stand-in has containerd's fifos as its own descriptors.
+// exec and the like work on it. Output never passes through the service: the
+// stand-in has containerd's fifos as its own descriptors.
 //
 // containerd's library (pkg/shim) brings the server, the log, the connection for
 // events and the handling of signals; `start` is done here, because the library

@@ -43,13 +43,17 @@ func toGRPC(err error) error {
 
 // Errors of the service itself, with the codes that containerd knows.
 func notFound(format string, a ...any) error { return status.Errorf(codes.NotFound, format, a...) }
+
 func wrongState(format string, a ...any) error {
 	return status.Errorf(codes.FailedPrecondition, format, a...)
 }
+
 func exists(format string, a ...any) error { return status.Errorf(codes.AlreadyExists, format, a...) }
+
 func invalid(format string, a ...any) error {
 	return status.Errorf(codes.InvalidArgument, format, a...)
 }
+
 func unsupported(format string, a ...any) error {
 	return status.Errorf(codes.Unimplemented, format, a...)
 }

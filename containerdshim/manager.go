@@ -81,6 +81,7 @@ func StartMain(ctx context.Context, args []string, stdin io.Reader, stdout io.Wr
 	params := new(bootapi.BootstrapParams)
 	var debug bool
 	f := flag.NewFlagSet(filepath.Base(args[0]), flag.ContinueOnError)
+	f.SetOutput(io.Discard)
 	f.StringVar(&params.Namespace, "namespace", "", "namespace that owns the shim")
 	f.StringVar(&params.InstanceID, "id", "", "id of the task")
 	f.StringVar(&params.ContainerdGrpcAddress, "address", "", "address of containerd")

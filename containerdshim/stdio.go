@@ -30,12 +30,16 @@ type streams struct {
 	terminal     bool
 }
 
-// stdio is a process's stdio on this side. The stand-in has the fifos as its own
-// descriptors, so nothing is copied here.
+// stdio is a process's stdio on this side. The stand-in has the fifos of the
+// output as its own descriptors, so that nothing of it is copied here.
 type stdio struct {
 	client.Stdio
-	// input keeps the fifo of stdin open for writing, so that its reader does not
-	// see its end when a containerd that writes to it goes; nil without one.
+	// fifo is the path of stdin's; what comes out of source goes into feed, the
+	// other end of In. All are empty without one, or before connect.
+	fifo         string
+	feed, source *os.File
+	// input keeps the fifo open for writing, so that its reader does not see its
+	// end when a containerd that writes to it goes.
 	input  *os.File
 	logger *logger // nil without one
 }
@@ -81,8 +85,9 @@ func openStdio(s streams, id, namespace string) (_ *stdio, err error) {
 	return x, nil
 }
 
-// openInput opens a fifo for reading, with a writer of its own that stays until
-// CloseIO: the reader must wait for one that comes later.
+// openInput makes the input of a process that reads a fifo. The fifo itself is
+// opened by connect: whoever writes to it takes that for the sign that there is
+// a process to close the input of (ctr would lose an end of file before that).
 func (x *stdio) openInput(path string) error {
 	fifo, err := isFifo(path)
 	if err != nil {
@@ -92,21 +97,44 @@ func (x *stdio) openInput(path string) error {
 		x.In, err = os.Open(path)
 		return err
 	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	x.In, x.feed, x.fifo = r, w, path
+	return nil
+}
+
+// connect lets the process have what is written to the fifo of its stdin.
+func (x *stdio) connect() error {
+	if x.fifo == "" {
+		return nil
+	}
 	// Opened for both first, which never waits; then no other open does.
-	both, err := openFifo(path, unix.O_RDWR)
+	both, err := openFifo(x.fifo, unix.O_RDWR)
 	if err != nil {
 		return err
 	}
 	defer both.Close()
-	if x.In, err = openFifo(path, unix.O_RDONLY); err != nil {
+	// Polled, so that close ends a read.
+	if x.source, err = openFifo(x.fifo, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
 		return err
 	}
-	x.input, err = openFifo(path, unix.O_WRONLY)
-	return err
+	if x.input, err = openFifo(x.fifo, unix.O_WRONLY|unix.O_NONBLOCK); err != nil {
+		return err
+	}
+	source, feed := x.source, x.feed
+	go func() {
+		_, _ = io.Copy(feed, source)
+		// The end of file for the one side, a broken pipe for the other.
+		_ = feed.Close()
+		_ = source.Close()
+	}()
+	return nil
 }
 
-// openFifo opens a fifo for a process that reads and writes it as it is, so
-// blocking.
+// openFifo opens a fifo; for a process that reads and writes it as it is, without
+// O_NONBLOCK.
 func openFifo(path string, flags int) (*os.File, error) {
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -205,6 +233,11 @@ func (x *stdio) close() {
 func (x *stdio) closeFiles() {
 	x.release()
 	x.closeInput()
+	for _, f := range []*os.File{x.feed, x.source} {
+		if f != nil {
+			_ = f.Close() // twice does no harm
+		}
+	}
 }
 
 func (x *stdio) endLogger() {

@@ -142,6 +142,10 @@ func (p *process) result() (status uint32, at time.Time) {
 // adopt takes over the process that a call of the client has made.
 func (p *process) adopt(standIn *client.Process, x *stdio) {
 	x.release()
+	if err := x.connect(); err != nil {
+		log.L.WithError(err).Warnf("container %s: stdin", p.task.id)
+		x.closeFiles()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.standIn, p.stdio = standIn, x
