@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 			fakeSupervisor(os.Args[2:])
 		}
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/golang/glog.(*fileSink).flushDaemon"))
 }
 
 // fakeSupervisor is a process with suptest's server in it.
