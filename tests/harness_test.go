@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -32,6 +33,7 @@ type rt struct {
 	flags []string // further global flags
 	id    string   // prefix of all container ids of this test
 	n     int
+	ends  *[]func() // atEnd; shared by the copies
 }
 
 var serial atomic.Int32
@@ -61,7 +63,8 @@ func newRTNoSlot(t *testing.T) *rt {
 	}
 	r := &rt{
 		t: t, dir: dir, root: filepath.Join(dir, "s"), log: filepath.Join(dir, "log"),
-		id: fmt.Sprintf("rv%d-%d", os.Getpid(), serial.Add(1)),
+		id:   fmt.Sprintf("rv%d-%d", os.Getpid(), serial.Add(1)),
+		ends: new([]func()),
 	}
 	if host.vm {
 		// An empty file: the machine's own configuration is not under test.
@@ -72,6 +75,9 @@ func newRTNoSlot(t *testing.T) *rt {
 	before := snapshot()
 	t.Cleanup(func() {
 		r.removeAll()
+		for _, f := range slices.Backward(*r.ends) {
+			f()
+		}
 		r.checkLeaks(before)
 		if t.Failed() {
 			r.showLogs()
