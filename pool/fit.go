@@ -55,7 +55,7 @@ func fits(have, want *supervisorv1.VM) error {
 
 // plain is a VM without what is compared by its meaning.
 func plain(vm *supervisorv1.VM) *supervisorv1.VM {
-	c := proto.Clone(vm).(*supervisorv1.VM) //nolint:errcheck // a clone has the type of its original
+	c := proto.Clone(vm).(*supervisorv1.VM)
 	r := c.ProtoReflect()
 	for _, name := range byMeaning {
 		r.Clear(r.Descriptor().Fields().ByName(name))

@@ -585,7 +585,8 @@ func FuzzRequest(f *testing.F) {
 	for _, r := range []*supervisorv1.FactoryRequest{
 		{Ask: &supervisorv1.FactoryRequest_Claim{Claim: &supervisorv1.Claim{Version: "v", Root: "/r", SandboxId: "web", Vm: vmOf(1, 128), Namespaces: namespaces()}}},
 		{Ask: &supervisorv1.FactoryRequest_Status{Status: &supervisorv1.FactoryStatusRequest{}}},
-		{Ask: &supervisorv1.FactoryRequest_Stop{}}, {},
+		{Ask: &supervisorv1.FactoryRequest_Stop{}},
+		{},
 	} {
 		b, err := proto.Marshal(r)
 		if err != nil {
