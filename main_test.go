@@ -134,6 +134,7 @@ func TestFlagsWinOverTheFile(t *testing.T) {
 	}
 	want := config.Default()
 	want.VCPUs, want.Memory, want.QEMUSandbox, want.BootTimeout = 2, 1024, false, config.Duration(5*time.Second)
+	want.Network = "none"
 	want.Root = a.config.Root
 	if a.config != want || !filepath.IsAbs(a.config.Root) {
 		t.Errorf("got %+v, want %+v", a.config, want)
