@@ -119,7 +119,9 @@ func (b *Standby) Close() {
 	b.machine.close()
 	b.share.close()
 	if b.awake != nil {
-		<-b.awake
+		// It was woken in vain, or its error was told to nobody who waits.
+		for range b.awake {
+		}
 	}
 }
 
