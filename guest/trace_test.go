@@ -51,7 +51,7 @@ func TestGuestSpansAreBounded(t *testing.T) {
 	if len(got) != maxSpans+1 {
 		t.Errorf("%d spans", len(got))
 	}
-	if n := got[1].Name; len(n) > 2*maxSpanText || strings.ContainsAny(n, "\x1b\xff") || got[1].Thread != "?" {
+	if n := got[1].Name; len(n) > 2*maxSpanText || strings.ContainsRune(n, 0x1b) || got[1].Thread != "?" {
 		t.Errorf("name %q, thread %q", n, got[1].Thread)
 	}
 }

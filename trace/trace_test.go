@@ -67,8 +67,10 @@ func TestRecorder(t *testing.T) {
 		t.Fatalf("%d spans: %+v", len(got), got)
 	}
 	for i, want := range []Span{
-		{Process: "me", Name: "outer"}, {Process: "me", Thread: "side", Name: "beside"},
-		{Process: "other", Name: "done"}, {Process: "me", Name: "never ended"},
+		{Process: "me", Name: "outer"},
+		{Process: "me", Thread: "side", Name: "beside"},
+		{Process: "other", Name: "done"},
+		{Process: "me", Name: "never ended"},
 	} {
 		if g := got[i]; g.Process != want.Process || g.Thread != want.Thread || g.Name != want.Name || g.Duration < 0 {
 			t.Errorf("span %d is %+v, want %+v", i, g, want)
