@@ -104,9 +104,9 @@ func MergeResources(old, change *specs.LinuxResources) *specs.LinuxResources {
 		if c.Limit != nil && c.Swap == nil && m.Swap != nil && *m.Swap > 0 && *c.Limit == -1 {
 			m.Swap = nil
 		}
-		over(&m.Limit, c.Limit)
-		over(&m.Reservation, c.Reservation)
-		over(&m.Swap, c.Swap)
+		overUnlessZero(&m.Limit, c.Limit)
+		overUnlessZero(&m.Reservation, c.Reservation)
+		overUnlessZero(&m.Swap, c.Swap)
 		over(&m.Kernel, c.Kernel)       //nolint:staticcheck // deprecated, and in use
 		over(&m.KernelTCP, c.KernelTCP) //nolint:staticcheck // deprecated, and in use
 		over(&m.Swappiness, c.Swappiness)
@@ -117,12 +117,12 @@ func MergeResources(old, change *specs.LinuxResources) *specs.LinuxResources {
 	}
 	if c := change.CPU; c != nil {
 		p := clone(out.CPU)
-		over(&p.Shares, c.Shares)
-		over(&p.Quota, c.Quota)
+		overUnlessZero(&p.Shares, c.Shares)
+		overUnlessZero(&p.Quota, c.Quota)
 		over(&p.Burst, c.Burst)
-		over(&p.Period, c.Period)
-		over(&p.RealtimeRuntime, c.RealtimeRuntime)
-		over(&p.RealtimePeriod, c.RealtimePeriod)
+		overUnlessZero(&p.Period, c.Period)
+		overUnlessZero(&p.RealtimeRuntime, c.RealtimeRuntime)
+		overUnlessZero(&p.RealtimePeriod, c.RealtimePeriod)
 		over(&p.Idle, c.Idle)
 		if c.Cpus != "" {
 			p.Cpus = c.Cpus
@@ -133,12 +133,13 @@ func MergeResources(old, change *specs.LinuxResources) *specs.LinuxResources {
 		out.CPU = p
 	}
 	if c := change.Pids; c != nil && c.Limit != nil {
-		out.Pids = &specs.LinuxPids{Limit: c.Limit}
+		out.Pids = clone(out.Pids)
+		overUnlessZero(&out.Pids.Limit, c.Limit)
 	}
 	if c := change.BlockIO; c != nil {
 		b := clone(out.BlockIO)
-		over(&b.Weight, c.Weight)
-		over(&b.LeafWeight, c.LeafWeight)
+		overUnlessZero(&b.Weight, c.Weight)
+		overUnlessZero(&b.LeafWeight, c.LeafWeight)
 		list(&b.WeightDevice, c.WeightDevice)
 		list(&b.ThrottleReadBpsDevice, c.ThrottleReadBpsDevice)
 		list(&b.ThrottleWriteBpsDevice, c.ThrottleWriteBpsDevice)
@@ -177,6 +178,14 @@ func clone[T any](p *T) *T {
 
 func over[T any](to **T, from *T) {
 	if from != nil {
+		*to = from
+	}
+}
+
+// overUnlessZero is over for what callers of runc write 0 for if they mean to
+// leave it alone.
+func overUnlessZero[T comparable](to **T, from *T) {
+	if from != nil && *from != *new(T) {
 		*to = from
 	}
 }
