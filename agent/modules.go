@@ -27,6 +27,8 @@ const (
 	LaterList = "etc/runv/modules.later"
 	// AliasList has the names by which devices and the kernel ask for them.
 	AliasList = "etc/runv/modules.alias"
+	// SignatureSuffix ends the name of a module's signature.
+	SignatureSuffix = ".sig"
 	// ModuleLoader is the program that the kernel starts, as `/init -q -- NAME`,
 	// when it wants a module.
 	ModuleLoader = "/init"
@@ -201,8 +203,27 @@ func (m *modules) loadFile(file string) error {
 	if filepath.Ext(file) != ".ko" {
 		flags = modInitCompressedFile
 	}
-	if err := unix.FinitModule(fd, "", flags); err != nil && !errors.Is(err, unix.EEXIST) {
+	err = unix.FinitModule(fd, "", flags)
+	if errors.Is(err, unix.EKEYREJECTED) || errors.Is(err, unix.EPERM) {
+		// The kernel insists on signatures. The image has them beside the modules.
+		err = loadSigned(name, err)
+	}
+	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("load module %s: %w", name, err)
 	}
 	return nil
+}
+
+// loadSigned loads a module with its signature at its end. refused is the error
+// without, and is returned if there is none.
+func loadSigned(name string, refused error) error {
+	sig, err := os.ReadFile(name + SignatureSuffix)
+	if err != nil {
+		return refused
+	}
+	module, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	return unix.InitModule(append(module, sig...), "")
 }

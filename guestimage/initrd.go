@@ -37,6 +37,9 @@ func makeInitrd(agent []byte, mods moduleSet, compression string) ([]byte, error
 	}
 	for _, m := range mods.files {
 		recs = append(recs, cpio.StaticFile(m.path, string(m.data), 0o644))
+		if len(m.sig) > 0 {
+			recs = append(recs, cpio.StaticFile(m.path+signatureSuffix, string(m.sig), 0o644))
+		}
 	}
 	recs = addParents(recs)
 	slices.SortFunc(recs, func(a, b cpio.Record) int { return strings.Compare(a.Name, b.Name) })

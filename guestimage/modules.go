@@ -64,7 +64,8 @@ var alsoNeeded = map[string][]string{
 type module struct {
 	name  string // with underscores, as /proc/modules has it
 	path  string // relative to the initrd's root: lib/modules/VERSION/kernel/…/x.ko
-	data  []byte // uncompressed
+	data  []byte // uncompressed, without its signature
+	sig   []byte // its signature as it was at the end; empty: it has none
 	deps  []string
 	alias []string
 }
@@ -169,7 +170,8 @@ func (t *tree) load(name string) (*module, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read module %s: %w", file, err)
 	}
-	m := &module{name: name, data: data, path: "lib/modules/" + t.version + "/" + filepath.ToSlash(rel), alias: info["alias"]}
+	data, sig := splitSignature(data)
+	m := &module{name: name, data: data, sig: sig, path: "lib/modules/" + t.version + "/" + filepath.ToSlash(rel), alias: info["alias"]}
 	if v := info["vermagic"]; len(v) != 1 || firstWord(v[0]) != t.version {
 		return nil, fmt.Errorf("read module %s: it is for kernel %q, want %q", file, firstWord(strings.Join(v, " ")), t.version)
 	}
