@@ -1,8 +1,13 @@
 package tests
 
 import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -93,4 +98,165 @@ func TestOutOfMemory(t *testing.T) {
 	} else if host.vm && !strings.Contains(strings.ToLower(res.stderr), "memory") {
 		t.Errorf("the message does not tell that memory ran out: %q", res.stderr)
 	}
+}
+
+// The processes of a container are in its cgroup on the host, with limits that
+// leave room for the VM; update changes both sides, and delete removes it.
+func TestHostCgroup(t *testing.T) {
+	t.Parallel()
+	r := newRT(t)
+	if !host.vm {
+		skip(t, "the processes are those of a VM")
+	}
+	const controller = "/sys/fs/cgroup/memory"
+	if _, err := os.Stat(controller + "/memory.limit_in_bytes"); err != nil {
+		skip(t, "no cgroup v1 hierarchy for memory: %v", err)
+	}
+	s := sh("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done")
+	name := "/runv-test-" + r.id + "/c"
+	s.Linux.CgroupsPath = name
+	s.Linux.Resources = &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))},
+		CPU:    &specs.LinuxCPU{Quota: ptr(int64(80000)), Period: ptr(uint64(100000))},
+	}
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro"}})
+	t.Cleanup(func() {
+		dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + filepath.Dir(name))
+		for _, d := range dirs {
+			_ = os.Remove(d)
+		}
+	})
+	id := r.create(s)
+	r.ok("start", id)
+	read := func(file string) string {
+		b, err := os.ReadFile("/sys/fs/cgroup/" + file)
+		if err != nil {
+			t.Error(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	var inspected struct {
+		Supervisor, StandIn struct{ Pid int }
+		VM                  struct{ Usage struct{ Pid int } }
+		Resources           specs.LinuxResources
+		Start               struct{ CreatedUsec uint64 }
+	}
+	inspect := func() {
+		if err := json.Unmarshal([]byte(r.ok("inspect", id)), &inspected); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inspect()
+	pids := strings.Fields(read("memory" + name + "/cgroup.procs"))
+	for what, pid := range map[string]int{"supervisor": inspected.Supervisor.Pid, "stand-in": inspected.StandIn.Pid, "VM": inspected.VM.Usage.Pid} {
+		if pid == 0 || !slices.Contains(pids, strconv.Itoa(pid)) {
+			t.Errorf("the %s, process %d, is not among %v", what, pid, pids)
+		}
+	}
+	limit, _ := strconv.ParseInt(read("memory"+name+"/memory.limit_in_bytes"), 10, 64)
+	if limit <= 64<<20 || limit > 1<<30 {
+		t.Errorf("the host's limit of memory is %d", limit)
+	}
+	r.ok("update", "--memory", "100M", "--cpu-quota", "30000", "--pids-limit", "2000", id)
+	for file, want := range map[string]string{"memory.max": "104857600", "cpu.max": "30000 100000", "pids.max": "2000"} {
+		if got := strings.TrimSpace(r.exec(id, "cat", "/sys/fs/cgroup/"+file)); got != want {
+			t.Errorf("in the guest %s is %q, want %q", file, got, want)
+		}
+	}
+	for file, want := range map[string]string{"cpu" + name + "/cpu.cfs_quota_us": "30000", "pids" + name + "/pids.max": "2000"} {
+		if got := read(file); got != want {
+			t.Errorf("on the host %s is %q, want %q", file, got, want)
+		}
+	}
+	if now, _ := strconv.ParseInt(read("memory"+name+"/memory.limit_in_bytes"), 10, 64); now <= limit {
+		t.Errorf("the host's limit of memory was %d and is %d", limit, now)
+	}
+	res := r.tryStdin(strings.NewReader(`{"cpu":{"shares":1024},"memory":{"limit":0}}`), "update", "--resources", "-", id)
+	if res.code != 0 {
+		t.Errorf("update by JSON: %s", res.stderr)
+	}
+	inspect()
+	m, c := inspected.Resources.Memory, inspected.Resources.CPU
+	if m == nil || m.Limit == nil || *m.Limit != 100<<20 || c == nil || *c.Shares != 1024 || *c.Quota != 30000 {
+		t.Errorf("the record has %+v %+v", m, c)
+	}
+	r.refused([]string{"memory", "lots"}, "update", "--memory", "lots", id)
+	r.refused([]string{"linux.resources.cpu.cpus"}, "update", "--cpuset-cpus", "9-1", id)
+	var event struct {
+		Type, ID string
+		Data     struct {
+			Memory struct{ Usage struct{ Limit, Usage uint64 } }
+			VM     struct{ Pid int }
+		}
+	}
+	if err := json.Unmarshal([]byte(r.ok("events", "--stats", id)), &event); err != nil {
+		t.Fatal(err)
+	}
+	if event.Type != "stats" || event.ID != id || event.Data.Memory.Usage.Limit != 100<<20 || event.Data.Memory.Usage.Usage == 0 || event.Data.VM.Pid == 0 {
+		t.Errorf("events: %+v", event)
+	}
+	events := r.start(nil, "events", "--interval", "200ms", id)
+	waitFor(t, "an event", func() bool { return strings.Contains(events.output(), `"type":"stats"`) })
+	r.try("exec", id, "sh", "-c", "tail -c 300m /dev/zero | wc -c")
+	waitFor(t, "the event of the want of memory", func() bool { return strings.Contains(events.output(), `{"type":"oom","id":"`+id+`"}`) })
+	if out := r.ok("logs", "--vm", id); !strings.Contains(out, "Linux version") && !strings.Contains(out, "oom") {
+		t.Errorf("the console's log has %d bytes and not the kernel's first line", len(out))
+	}
+	if out := r.ok("manage", "gc"); strings.Contains(out, id) {
+		t.Errorf("a container that runs is taken for a leftover: %s", out)
+	}
+	// The VM is killed: no success, and no want of memory.
+	if err := syscall.Kill(inspected.VM.Usage.Pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	r.waitStatus(id, "stopped")
+	if code := events.wait(); code != 0 {
+		t.Errorf("events ended with %d: %s", code, events.output())
+	}
+	if out := r.ok("state", id); !strings.Contains(out, "killed by signal 9") || strings.Contains(out, "oomKilled") {
+		t.Errorf("state says %s", out)
+	}
+	r.ok("delete", id)
+	if dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + name); len(dirs) > 0 {
+		t.Errorf("left: %v", dirs)
+	}
+}
+
+// The container's cgroup goes also if the supervisor was killed, and gc finds
+// the container.
+func TestGarbageAfterAKill(t *testing.T) {
+	t.Parallel()
+	r := newRT(t)
+	if !host.vm {
+		skip(t, "the processes are those of a VM")
+	}
+	s := sh("sleep 1000")
+	name := "/runv-test-" + r.id + "/c"
+	s.Linux.CgroupsPath = name
+	t.Cleanup(func() {
+		dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + filepath.Dir(name))
+		for _, d := range dirs {
+			_ = os.Remove(d)
+		}
+	})
+	id := r.create(s)
+	var i struct{ Supervisor struct{ Pid int } }
+	if err := json.Unmarshal([]byte(r.ok("inspect", id)), &i); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(i.Supervisor.Pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	r.waitStatus(id, "stopped")
+	if out := r.ok("manage", "gc"); !strings.Contains(out, "would remove container "+id) {
+		t.Errorf("gc: %s", out)
+	}
+	r.wantStatus(id, "stopped")
+	if out := r.ok("manage", "gc", "--force"); !strings.Contains(out, "removed container "+id) {
+		t.Errorf("gc --force: %s", out)
+	}
+	if dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + name); len(dirs) > 0 {
+		t.Errorf("left: %v", dirs)
+	}
+	r.refused([]string{"does not exist"}, "state", id)
 }
