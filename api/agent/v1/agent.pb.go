@@ -573,7 +573,12 @@ func (x *ConfigureSandboxResponse) GetTrace() *Trace {
 }
 
 type SettleRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Shares that ConfigureSandbox is going to name: they are mounted now, so the
+	// guest cannot be saved any more, and containers may be made before
+	// ConfigureSandbox, to have used once what a pod is going to need. They must
+	// be deleted before it. Empty: the guest tries a container of its own.
+	Shares        []*Share `protobuf:"bytes,1,rep,name=shares,proto3" json:"shares,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -606,6 +611,13 @@ func (x *SettleRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use SettleRequest.ProtoReflect.Descriptor instead.
 func (*SettleRequest) Descriptor() ([]byte, []int) {
 	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *SettleRequest) GetShares() []*Share {
+	if x != nil {
+		return x.Shares
+	}
+	return nil
 }
 
 type SettleResponse struct {
@@ -5408,8 +5420,9 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\anetwork\x18\x05 \x01(\v2\x16.runv.agent.v1.NetworkR\anetwork\x12\x14\n" +
 	"\x05trace\x182 \x01(\bR\x05trace\"F\n" +
 	"\x18ConfigureSandboxResponse\x12*\n" +
-	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"\x0f\n" +
-	"\rSettleRequest\"*\n" +
+	"\x05trace\x182 \x01(\v2\x14.runv.agent.v1.TraceR\x05trace\"=\n" +
+	"\rSettleRequest\x12,\n" +
+	"\x06shares\x18\x01 \x03(\v2\x14.runv.agent.v1.ShareR\x06shares\"*\n" +
 	"\x0eSettleResponse\x12\x18\n" +
 	"\askipped\x18\x01 \x01(\tR\askipped\"d\n" +
 	"\x05Share\x12\x10\n" +
@@ -5955,102 +5968,103 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	10, // 2: runv.agent.v1.ConfigureSandboxRequest.shares:type_name -> runv.agent.v1.Share
 	11, // 3: runv.agent.v1.ConfigureSandboxRequest.network:type_name -> runv.agent.v1.Network
 	78, // 4: runv.agent.v1.ConfigureSandboxResponse.trace:type_name -> runv.agent.v1.Trace
-	1,  // 5: runv.agent.v1.Network.mode:type_name -> runv.agent.v1.Network.Mode
-	14, // 6: runv.agent.v1.Network.config:type_name -> runv.agent.v1.NetworkConfig
-	14, // 7: runv.agent.v1.UpdateNetworkRequest.config:type_name -> runv.agent.v1.NetworkConfig
-	15, // 8: runv.agent.v1.NetworkConfig.interfaces:type_name -> runv.agent.v1.NetworkInterface
-	17, // 9: runv.agent.v1.NetworkConfig.routes:type_name -> runv.agent.v1.Route
-	19, // 10: runv.agent.v1.NetworkConfig.neighbours:type_name -> runv.agent.v1.Neighbour
-	16, // 11: runv.agent.v1.NetworkInterface.addresses:type_name -> runv.agent.v1.InterfaceAddress
-	18, // 12: runv.agent.v1.Route.next_hops:type_name -> runv.agent.v1.NextHop
-	23, // 13: runv.agent.v1.CreateContainerRequest.rootfs:type_name -> runv.agent.v1.Rootfs
-	24, // 14: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
-	25, // 15: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
-	26, // 16: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
-	27, // 17: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
-	27, // 18: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
-	80, // 19: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
-	28, // 20: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	31, // 21: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
-	32, // 22: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
-	34, // 23: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
-	35, // 24: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
-	22, // 25: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
-	81, // 26: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	78, // 27: runv.agent.v1.CreateContainerResponse.trace:type_name -> runv.agent.v1.Trace
-	2,  // 28: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
-	82, // 29: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
-	29, // 30: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
-	33, // 31: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
-	33, // 32: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
-	83, // 33: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
-	36, // 34: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
-	37, // 35: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
-	38, // 36: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
-	39, // 37: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
-	40, // 38: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
-	78, // 39: runv.agent.v1.StartContainerResponse.trace:type_name -> runv.agent.v1.Trace
-	35, // 40: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	22, // 41: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	78, // 42: runv.agent.v1.ExecResponse.trace:type_name -> runv.agent.v1.Trace
-	53, // 43: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	64, // 44: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
-	65, // 45: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
-	66, // 46: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
-	68, // 47: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
-	69, // 48: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
-	70, // 49: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
-	71, // 50: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
-	72, // 51: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
-	84, // 52: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
-	67, // 53: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
-	72, // 54: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
-	73, // 55: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
-	73, // 56: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
-	28, // 57: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	79, // 58: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
-	30, // 59: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
-	4,  // 60: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 61: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	12, // 62: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
-	8,  // 63: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
-	20, // 64: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	41, // 65: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	43, // 66: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	45, // 67: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	47, // 68: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	49, // 69: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	51, // 70: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	54, // 71: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	56, // 72: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	58, // 73: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	62, // 74: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
-	74, // 75: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
-	76, // 76: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
-	60, // 77: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 78: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 79: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	13, // 80: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
-	9,  // 81: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
-	21, // 82: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	42, // 83: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	44, // 84: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	46, // 85: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	48, // 86: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	50, // 87: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	52, // 88: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	55, // 89: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	57, // 90: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	59, // 91: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	63, // 92: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
-	75, // 93: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
-	77, // 94: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
-	61, // 95: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	78, // [78:96] is the sub-list for method output_type
-	60, // [60:78] is the sub-list for method input_type
-	60, // [60:60] is the sub-list for extension type_name
-	60, // [60:60] is the sub-list for extension extendee
-	0,  // [0:60] is the sub-list for field type_name
+	10, // 5: runv.agent.v1.SettleRequest.shares:type_name -> runv.agent.v1.Share
+	1,  // 6: runv.agent.v1.Network.mode:type_name -> runv.agent.v1.Network.Mode
+	14, // 7: runv.agent.v1.Network.config:type_name -> runv.agent.v1.NetworkConfig
+	14, // 8: runv.agent.v1.UpdateNetworkRequest.config:type_name -> runv.agent.v1.NetworkConfig
+	15, // 9: runv.agent.v1.NetworkConfig.interfaces:type_name -> runv.agent.v1.NetworkInterface
+	17, // 10: runv.agent.v1.NetworkConfig.routes:type_name -> runv.agent.v1.Route
+	19, // 11: runv.agent.v1.NetworkConfig.neighbours:type_name -> runv.agent.v1.Neighbour
+	16, // 12: runv.agent.v1.NetworkInterface.addresses:type_name -> runv.agent.v1.InterfaceAddress
+	18, // 13: runv.agent.v1.Route.next_hops:type_name -> runv.agent.v1.NextHop
+	23, // 14: runv.agent.v1.CreateContainerRequest.rootfs:type_name -> runv.agent.v1.Rootfs
+	24, // 15: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
+	25, // 16: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
+	26, // 17: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
+	27, // 18: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
+	27, // 19: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
+	80, // 20: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
+	28, // 21: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	31, // 22: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
+	32, // 23: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
+	34, // 24: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
+	35, // 25: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
+	22, // 26: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
+	81, // 27: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	78, // 28: runv.agent.v1.CreateContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	2,  // 29: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
+	82, // 30: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
+	29, // 31: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
+	33, // 32: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
+	33, // 33: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
+	83, // 34: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
+	36, // 35: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
+	37, // 36: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
+	38, // 37: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
+	39, // 38: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
+	40, // 39: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
+	78, // 40: runv.agent.v1.StartContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	35, // 41: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	22, // 42: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	78, // 43: runv.agent.v1.ExecResponse.trace:type_name -> runv.agent.v1.Trace
+	53, // 44: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	64, // 45: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
+	65, // 46: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
+	66, // 47: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
+	68, // 48: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
+	69, // 49: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
+	70, // 50: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
+	71, // 51: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
+	72, // 52: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
+	84, // 53: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
+	67, // 54: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
+	72, // 55: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
+	73, // 56: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
+	73, // 57: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
+	28, // 58: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	79, // 59: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
+	30, // 60: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 61: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 62: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	12, // 63: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
+	8,  // 64: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
+	20, // 65: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	41, // 66: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	43, // 67: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	45, // 68: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	47, // 69: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	49, // 70: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	51, // 71: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	54, // 72: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	56, // 73: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	58, // 74: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	62, // 75: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
+	74, // 76: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
+	76, // 77: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
+	60, // 78: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 79: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 80: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	13, // 81: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
+	9,  // 82: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
+	21, // 83: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	42, // 84: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	44, // 85: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	46, // 86: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	48, // 87: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	50, // 88: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	52, // 89: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	55, // 90: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	57, // 91: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	59, // 92: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	63, // 93: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
+	75, // 94: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
+	77, // 95: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
+	61, // 96: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	79, // [79:97] is the sub-list for method output_type
+	61, // [61:79] is the sub-list for method input_type
+	61, // [61:61] is the sub-list for extension type_name
+	61, // [61:61] is the sub-list for extension extendee
+	0,  // [0:61] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
