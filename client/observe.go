@@ -137,10 +137,11 @@ func Follow(ctx context.Context, f *os.File, w io.Writer, ref state.ProcessRef) 
 	if _, err := unix.InotifyAddWatch(in, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.IN_MODIFY); err != nil {
 		return fmt.Errorf("watch %s: %w", f.Name(), err)
 	}
-	ended := make(chan error, 1)
+	ended := make(chan struct{})
 	waitCtx, cancel := context.WithCancel(ctx)
 	go func() {
-		ended <- ref.Wait(waitCtx)
+		defer close(ended)
+		_ = ref.Wait(waitCtx)
 		_ = events.Close() // ends the read below
 	}()
 	defer func() {

@@ -280,7 +280,9 @@ func TestUnified(t *testing.T) {
 	}
 	var warned []string
 	err = g.Set(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(1 << 20))}}, true, false, func(l string) { warned = append(warned, l) })
-	if err != nil || !slices.ContainsFunc(warned, func(l string) bool { return strings.HasPrefix(l, "linux.resources.memory: is not enforced on the host") }) {
+	if err != nil || !slices.ContainsFunc(warned, func(l string) bool {
+		return strings.HasPrefix(l, "linux.resources.memory: is not enforced on the host")
+	}) {
 		t.Errorf("%v, warnings %q", err, warned)
 	}
 	if err := Remove([]string{dir}); err == nil {

@@ -107,8 +107,8 @@ func MergeResources(old, change *specs.LinuxResources) *specs.LinuxResources {
 		overUnlessZero(&m.Limit, c.Limit)
 		overUnlessZero(&m.Reservation, c.Reservation)
 		overUnlessZero(&m.Swap, c.Swap)
-		over(&m.Kernel, c.Kernel)       //nolint:staticcheck // deprecated, and in use
-		over(&m.KernelTCP, c.KernelTCP) //nolint:staticcheck // deprecated, and in use
+		over(&m.Kernel, c.Kernel) //nolint:staticcheck // deprecated, and in use
+		over(&m.KernelTCP, c.KernelTCP)
 		over(&m.Swappiness, c.Swappiness)
 		over(&m.DisableOOMKiller, c.DisableOOMKiller)
 		over(&m.UseHierarchy, c.UseHierarchy)

@@ -45,6 +45,8 @@ func boundStats(s *agentv1.ContainerStats) *agentv1.ContainerStats {
 	s.Io = s.Io[:min(len(s.Io), most)]
 	s.Hugetlb = s.Hugetlb[:min(len(s.Hugetlb), most)]
 	s.Network = s.Network[:min(len(s.Network), most)]
+	bound(s.GetCpu().GetPressure())
+	bound(s.GetMemory().GetPressure())
 	for _, h := range s.Hugetlb {
 		h.PageSize = guest.Text(h.GetPageSize())
 	}
@@ -61,6 +63,20 @@ func boundStats(s *agentv1.ContainerStats) *agentv1.ContainerStats {
 		m.Stat = stat
 	}
 	return s
+}
+
+// bound leaves no number in p that JSON cannot have.
+func bound(p *agentv1.PressureStats) {
+	for _, x := range []*agentv1.Pressure{p.GetSome(), p.GetFull()} {
+		if x == nil {
+			continue
+		}
+		for _, f := range []*float64{&x.Avg10, &x.Avg60, &x.Avg300} {
+			if !(*f >= 0 && *f <= 100) { // NaN too
+				*f = 0
+			}
+		}
+	}
 }
 
 // vmStats reads what the pod's processes use from /proc. What cannot be read is
