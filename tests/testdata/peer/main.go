@@ -51,7 +51,7 @@ func run(args []string) error {
 }
 
 // stream is a cheap generator (xorshift64) whose output nobody confuses with
-// zeros or with itself at another place.
+// zeros or with itself at another place. It gives whole words of 8 bytes.
 type stream struct{ x uint64 }
 
 func (s *stream) Read(p []byte) (int, error) {
@@ -66,7 +66,25 @@ func (s *stream) Read(p []byte) (int, error) {
 	return len(p) &^ 7, nil
 }
 
-func random(n int64) io.Reader { return io.LimitReader(&stream{88172645463325252}, n) }
+// block is made once: an emulated processor would take longer for the bytes than
+// for sending them. Its length is odd, so that no piece of a packet's or page's
+// size comes twice at the same place.
+var block = func() []byte {
+	b := make([]byte, 1<<20+8)
+	_, _ = (&stream{88172645463325252}).Read(b)
+	return b[:1<<20+1]
+}()
+
+// repeated is block again and again.
+type repeated struct{ at int }
+
+func (r *repeated) Read(p []byte) (int, error) {
+	n := copy(p, block[r.at:])
+	r.at = (r.at + n) % len(block)
+	return n, nil
+}
+
+func random(n int64) io.Reader { return io.LimitReader(&repeated{}, n) }
 
 func serve(port string) error {
 	l, err := net.Listen("tcp", ":"+port)
@@ -213,8 +231,9 @@ func udp(addr string, n int) error {
 		return err
 	}
 	defer c.Close()
-	out := make([]byte, n)
-	_, _ = io.ReadFull(random(int64(n+8)), out)
+	out := make([]byte, n+8)
+	_, _ = (&stream{1}).Read(out)
+	out = out[:n]
 	in := make([]byte, 65536)
 	for range 5 {
 		if _, err = c.Write(out); err != nil {
