@@ -41,6 +41,13 @@ const (
 	// there is no STDERR.
 	StreamHeader_KIND_STDOUT StreamHeader_Kind = 3
 	StreamHeader_KIND_STDERR StreamHeader_Kind = 4
+	// A name server that the host has and the guest has not: see address. Frames
+	// of ResolverHeader bytes (a uint16 that the agent chooses, 0 for UDP and 1
+	// for TCP, a uint16 length, all big-endian) and that many bytes of a DNS
+	// message: queries to the host, answers with the number of their query back,
+	// in any order and not for every query. The guest stops to serve when either
+	// side closes.
+	StreamHeader_KIND_RESOLVER StreamHeader_Kind = 5
 )
 
 // Enum value maps for StreamHeader_Kind.
@@ -51,6 +58,7 @@ var (
 		2: "KIND_STDIN",
 		3: "KIND_STDOUT",
 		4: "KIND_STDERR",
+		5: "KIND_RESOLVER",
 	}
 	StreamHeader_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
@@ -58,6 +66,7 @@ var (
 		"KIND_STDIN":       2,
 		"KIND_STDOUT":      3,
 		"KIND_STDERR":      4,
+		"KIND_RESOLVER":    5,
 	}
 )
 
@@ -215,7 +224,10 @@ type StreamHeader struct {
 	Kind        StreamHeader_Kind      `protobuf:"varint,1,opt,name=kind,proto3,enum=runv.agent.v1.StreamHeader_Kind" json:"kind,omitempty"`
 	ContainerId string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	// Empty for the container's init process.
-	ExecId        string `protobuf:"bytes,3,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	ExecId string `protobuf:"bytes,3,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	// Of a resolver: the loopback address and port, "127.0.0.11:53", at which the
+	// pod's programs find it.
+	Address       string `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -267,6 +279,13 @@ func (x *StreamHeader) GetContainerId() string {
 func (x *StreamHeader) GetExecId() string {
 	if x != nil {
 		return x.ExecId
+	}
+	return ""
+}
+
+func (x *StreamHeader) GetAddress() string {
+	if x != nil {
+		return x.Address
 	}
 	return ""
 }
@@ -5384,18 +5403,20 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\rrunv.agent.v1\"\xe2\x01\n" +
+	"\x18api/agent/v1/agent.proto\x12\rrunv.agent.v1\"\x8f\x02\n" +
 	"\fStreamHeader\x124\n" +
 	"\x04kind\x18\x01 \x01(\x0e2 .runv.agent.v1.StreamHeader.KindR\x04kind\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x17\n" +
-	"\aexec_id\x18\x03 \x01(\tR\x06execId\"`\n" +
+	"\aexec_id\x18\x03 \x01(\tR\x06execId\x12\x18\n" +
+	"\aaddress\x18\x04 \x01(\tR\aaddress\"s\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fKIND_CONTROL\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KIND_STDIN\x10\x02\x12\x0f\n" +
 	"\vKIND_STDOUT\x10\x03\x12\x0f\n" +
-	"\vKIND_STDERR\x10\x04\"\xb2\x01\n" +
+	"\vKIND_STDERR\x10\x04\x12\x11\n" +
+	"\rKIND_RESOLVER\x10\x05\"\xb2\x01\n" +
 	"\fHelloRequest\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12!\n" +
 	"\fhost_version\x18\x02 \x01(\tR\vhostVersion\x12$\n" +
