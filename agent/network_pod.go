@@ -259,7 +259,7 @@ func addressOf(a *agentv1.InterfaceAddress) *netlink.Addr {
 	mask := net.CIDRMask(int(a.PrefixLength), size)
 	out := &netlink.Addr{IPNet: &net.IPNet{IP: a.Ip, Mask: mask}, Scope: int(a.Scope)}
 	if len(a.Peer) > 0 {
-		out.IPNet.Mask = net.CIDRMask(size, size)
+		out.Mask = net.CIDRMask(size, size)
 		out.Peer = &net.IPNet{IP: a.Peer, Mask: mask}
 	}
 	if len(a.Broadcast) > 0 {
