@@ -286,7 +286,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	})
 	if first {
 		s.mu.Lock()
-		s.vmRequest, s.times = req.Vm, startTimes{begun: begin}
+		s.vmRequest, s.times = req.Vm, startTimes{begun: begin, shares: time.Now()}
 		s.mu.Unlock()
 	}
 	g, gctx := errgroup.WithContext(ctx)
@@ -413,6 +413,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 	}
 	p.serve()
+	if first {
+		s.timed(&s.times.created)
+	}
 	glog.V(1).Infof("container %s: created in %v, %v of it in the guest", c.id, time.Since(begin), time.Since(prepared))
 	return nil
 }

@@ -156,6 +156,7 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 			c.cgroup.await(ctx)
 		}
 		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, started: func(m *machine) error {
+			s.timed(&s.times.vm)
 			// Written at once: whoever cleans up after a supervisor that was
 			// killed waits for the hypervisor's end.
 			defer trace.Begin(ctx, "write record")()
@@ -191,10 +192,11 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 			return nil, err
 		}
 	}
+	s.timed(&s.times.agent)
 	sandbox := &agentv1.ConfigureSandboxRequest{
 		SandboxId: s.o.SandboxID,
 		Hostname:  req.Container.GetHostname(),
-		Shares:    []*agentv1.Share{{Tag: agentv1.ShareTag, Type: "9p", Options: shareOptions}},
+		Shares:    guestShares(),
 		Network:   &agentv1.Network{Mode: agentv1.Network_MODE_NONE},
 	}
 	if m.network, err = s.openNetwork(m, c.record.StandIn); err != nil {
@@ -217,8 +219,14 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
 		return nil, err
 	}
+	s.timed(&s.times.configured)
 	glog.V(1).Infof("pod %s: the guest is configured after %v", s.o.SandboxID, time.Since(begin))
 	return m, nil
+}
+
+// guestShares is what the guest mounts of the host.
+func guestShares() []*agentv1.Share {
+	return []*agentv1.Share{{Tag: agentv1.ShareTag, Type: "9p", Options: shareOptions}}
 }
 
 // VMConfig translates what a request asks of its VM. A template is made with it
