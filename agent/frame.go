@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 
 	"google.golang.org/protobuf/proto"
 
@@ -42,6 +43,13 @@ func readHeader(r io.Reader) (*agentv1.StreamHeader, error) {
 	case agentv1.StreamHeader_KIND_STDIN, agentv1.StreamHeader_KIND_STDOUT, agentv1.StreamHeader_KIND_STDERR:
 		if h.ContainerId == "" {
 			return nil, fmt.Errorf("%w: container_id is empty", errHeader)
+		}
+	case agentv1.StreamHeader_KIND_RESOLVER:
+		if h.ContainerId != "" || h.ExecId != "" {
+			return nil, fmt.Errorf("%w: a resolver's stream names a process", errHeader)
+		}
+		if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
+			return nil, fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, h.Address)
 		}
 	default:
 		return nil, fmt.Errorf("%w: kind is %d", errHeader, h.Kind)

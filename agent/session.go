@@ -111,6 +111,12 @@ func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
 				s.control(ctx, conn)
 				return
 			}
+			if h.Kind == agentv1.StreamHeader_KIND_RESOLVER {
+				if err := serveResolver(ctx, conn, h.Address); err != nil && !mux.IsClosed() {
+					a.log.Printf("resolver: %v", err)
+				}
+				return
+			}
 			key := streamKey{h.ContainerId, h.ExecId, h.Kind}
 			if err := a.attach(key, &stream{conn, s}); err != nil {
 				a.log.Printf("stream refused: %v", err)

@@ -122,6 +122,8 @@ func kindName(k agentv1.StreamHeader_Kind) string {
 		return "stdin"
 	case agentv1.StreamHeader_KIND_STDOUT:
 		return "stdout"
+	case agentv1.StreamHeader_KIND_RESOLVER:
+		return "resolver"
 	case agentv1.StreamHeader_KIND_STDERR:
 		return "stderr"
 	}

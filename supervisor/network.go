@@ -81,10 +81,12 @@ type podNetwork struct {
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the watcher has ended
 
-	mu     sync.Mutex // guards the fields below and serialises what changes the guest's network
-	told   *network.Config
-	links  map[int]bool // carrier of the cards as the VM knows it; missing: true
-	warned string
+	mu   sync.Mutex // guards the fields below and serialises what changes the guest's network
+	told *network.Config
+	// resolver serves the names of the namespace's name server, if it has one.
+	resolver *resolver
+	links    map[int]bool // carrier of the cards as the VM knows it; missing: true
+	warned   string
 }
 
 // network opens the network namespace of the pod, which is that of its stand-in.
@@ -151,6 +153,7 @@ func (n *podNetwork) update(ctx context.Context) error {
 		return short
 	}
 	n.carrier(ctx, c)
+	n.resolve()
 	if n.told == nil || !reflect.DeepEqual(n.told, c) {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
@@ -232,6 +235,7 @@ func (n *podNetwork) close() {
 	} else {
 		n.watcher.Close()
 	}
+	n.resolver.close()
 	if err := n.ns.Close(); err != nil {
 		glog.Warningf("pod %s: network: %v", n.id, err)
 	}

@@ -36,4 +36,15 @@ const (
 	// StreamWindow is yamux's receive window of one stream, in bytes: what a
 	// side must be ready to buffer for a stream that nobody reads.
 	StreamWindow = 256 << 10
+
+	// ResolverHeader is the length of what stands before each DNS message on a
+	// resolver's stream, in bytes: the query's number (big-endian uint16),
+	// ResolverUDP or ResolverTCP (one byte), the message's length (big-endian
+	// uint16).
+	ResolverHeader = 5
+	// ResolverUDP and ResolverTCP say how a query came, and is to be asked.
+	ResolverUDP = 0
+	ResolverTCP = 1
+	// MaxQueries bounds the queries of a pod that wait for their answers.
+	MaxQueries = 256
 )
