@@ -42,10 +42,12 @@ type Agent struct {
 
 	// configuring is held while the sandbox is being configured.
 	configuring sync.Mutex
-	networked   bool // guarded by configuring; UpdateNetwork may be called
+	networked   bool            // guarded by configuring; UpdateNetwork may be called
+	shares      []*mountedShare // guarded by configuring
 
 	mu         sync.Mutex
 	configured bool                  // guarded by mu
+	trials     bool                  // containers may be made although it is not configured; guarded by mu
 	sandbox    string                // the container that the guest ends with; guarded by mu
 	containers map[string]*container // guarded by mu
 	slots      map[streamKey]*slot   // of processes that exist or are being made; guarded by mu
@@ -203,7 +205,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 	a.mu.Lock()
 	err = nil
 	switch {
-	case !a.configured:
+	case !a.configured && !a.trials:
 		err = errNoSandbox
 	case a.containers[c.id] != nil:
 		err = errExists

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	"github.com/hyperhq/runv/trace"
 )
@@ -43,10 +45,13 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 	a.configuring.Lock()
 	defer a.configuring.Unlock()
 	a.mu.Lock()
-	configured := a.configured
+	configured, trials := a.configured, len(a.containers)
 	a.mu.Unlock()
-	if configured {
+	switch {
+	case configured:
 		return errConfigured
+	case trials > 0:
+		return errTrials
 	}
 	// One phase after the other.
 	end := trace.Begin(ctx, "wait for modules")
@@ -59,12 +64,9 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		return err
 	}
 	phase("names")
-	var undo []func()
 	defer func() {
 		if err != nil {
-			for _, f := range slices.Backward(undo) {
-				f()
-			}
+			a.unmountShares(0)
 		}
 	}()
 	hostname := req.Hostname
@@ -79,12 +81,8 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 		return fmt.Errorf("set machine id: %w", err)
 	}
 	phase("mount shares")
-	for _, s := range req.Shares {
-		f, err := a.system.MountShare(s)
-		if err != nil {
-			return fmt.Errorf("mount share %q: %w", s.Tag, err)
-		}
-		undo = append(undo, f)
+	if err := a.mountShares(req.Shares); err != nil {
+		return err
 	}
 	phase("network")
 	switch req.Network.GetMode() {
@@ -110,6 +108,42 @@ func (a *Agent) configure(ctx context.Context, req *agentv1.ConfigureSandboxRequ
 	return nil
 }
 
+// mountedShare is a share of the host that is mounted.
+type mountedShare struct {
+	share *agentv1.Share
+	undo  func()
+}
+
+// mountShares mounts those that are not yet mounted, and unmounts what is not
+// among them. After an error there are none but those of before.
+func (a *Agent) mountShares(shares []*agentv1.Share) (err error) {
+	before := len(a.shares)
+	same := before <= len(shares) && !slices.ContainsFunc(shares[:before], func(s *agentv1.Share) bool {
+		return !slices.ContainsFunc(a.shares, func(m *mountedShare) bool { return proto.Equal(m.share, s) })
+	})
+	if !same {
+		a.unmountShares(0)
+		before = 0
+	}
+	for _, s := range shares[before:] {
+		undo, err := a.system.MountShare(s)
+		if err != nil {
+			a.unmountShares(before)
+			return fmt.Errorf("mount share %q: %w", s.Tag, err)
+		}
+		a.shares = append(a.shares, &mountedShare{s, undo})
+	}
+	return nil
+}
+
+// unmountShares leaves the first keep shares.
+func (a *Agent) unmountShares(keep int) {
+	for _, m := range slices.Backward(a.shares[keep:]) {
+		m.undo()
+	}
+	a.shares = a.shares[:keep]
+}
+
 // checkSandbox reports the first field that cannot be right.
 func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
 	if req.SandboxId == "" {
@@ -118,18 +152,8 @@ func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
 	if id := req.MachineId; id != "" && (len(id) != 32 || strings.Trim(id, "0123456789abcdef") != "") {
 		return invalid(fmt.Sprintf("machine_id is %q, want 32 lower-case hex digits", id))
 	}
-	if len(req.Shares) > maxShares {
-		return invalid(fmt.Sprintf("%d shares, want at most %d", len(req.Shares), maxShares))
-	}
-	for i, s := range req.Shares {
-		switch {
-		case s.Tag == "" || len(s.Tag) > 31 || s.Tag == "." || s.Tag == ".." || strings.ContainsAny(s.Tag, "/\x00"):
-			return invalid(fmt.Sprintf("shares[%d].tag is %q, want 1 to 31 bytes that are one path element", i, s.Tag))
-		case s.Type != "9p" && s.Type != "virtiofs":
-			return invalid(fmt.Sprintf("shares[%d].type is %q, want 9p or virtiofs", i, s.Type))
-		case strings.ContainsRune(s.Options, 0) || len(s.Options) > 1024:
-			return invalid(fmt.Sprintf("shares[%d].options is not at most 1024 bytes of text", i))
-		}
+	if err := checkShares(req.Shares); err != nil {
+		return err
 	}
 	switch m := req.Network.GetMode(); m {
 	case agentv1.Network_MODE_UNSPECIFIED, agentv1.Network_MODE_NONE, agentv1.Network_MODE_DHCP:
@@ -142,6 +166,24 @@ func checkSandbox(req *agentv1.ConfigureSandboxRequest) error {
 	}
 	if _, err := cardAddress(req.Network.GetMacAddress()); err != nil {
 		return invalid(fmt.Sprintf("network.mac_address: %v", err))
+	}
+	return nil
+}
+
+// checkShares reports the first share that cannot be right.
+func checkShares(shares []*agentv1.Share) error {
+	if len(shares) > maxShares {
+		return invalid(fmt.Sprintf("%d shares, want at most %d", len(shares), maxShares))
+	}
+	for i, s := range shares {
+		switch {
+		case s.Tag == "" || len(s.Tag) > 31 || s.Tag == "." || s.Tag == ".." || strings.ContainsAny(s.Tag, "/\x00"):
+			return invalid(fmt.Sprintf("shares[%d].tag is %q, want 1 to 31 bytes that are one path element", i, s.Tag))
+		case s.Type != "9p" && s.Type != "virtiofs":
+			return invalid(fmt.Sprintf("shares[%d].type is %q, want 9p or virtiofs", i, s.Type))
+		case strings.ContainsRune(s.Options, 0) || len(s.Options) > 1024:
+			return invalid(fmt.Sprintf("shares[%d].options is not at most 1024 bytes of text", i))
+		}
 	}
 	return nil
 }

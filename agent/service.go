@@ -83,7 +83,7 @@ func toStatus(err error) error {
 		code = codes.AlreadyExists
 	case errors.Is(err, errStarted), errors.Is(err, errStartStopped), errors.Is(err, errExecStopped),
 		errors.Is(err, errNotRunning), errors.Is(err, errEnded), errors.Is(err, errNoTerminal),
-		errors.Is(err, errNoSandbox), errors.Is(err, errNoHello), errors.Is(err, errSettled), errors.Is(err, os.ErrProcessDone):
+		errors.Is(err, errNoSandbox), errors.Is(err, errNoHello), errors.Is(err, errSettled), errors.Is(err, errTrials), errors.Is(err, os.ErrProcessDone):
 		code = codes.FailedPrecondition
 	case errors.Is(err, context.DeadlineExceeded):
 		code = codes.DeadlineExceeded
@@ -147,8 +147,8 @@ func (s *service) UpdateNetwork(_ context.Context, req *agentv1.UpdateNetworkReq
 	return &agentv1.UpdateNetworkResponse{}, s.agent.updateNetwork(req.Config)
 }
 
-func (s *service) Settle(ctx context.Context, _ *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
-	skipped, err := s.agent.settle(ctx)
+func (s *service) Settle(ctx context.Context, req *agentv1.SettleRequest) (*agentv1.SettleResponse, error) {
+	skipped, err := s.agent.settle(ctx, req.Shares)
 	if err != nil {
 		return nil, err
 	}

@@ -20,11 +20,18 @@ import (
 // trialTime bounds the trial container.
 const trialTime = 30 * time.Second
 
-var errSettled = errors.New("the guest has an identity already; only a fresh one can be settled")
+var (
+	errSettled = errors.New("the guest has an identity already; only a fresh one can be settled")
+	errTrials  = errors.New("containers from before the sandbox was configured are still there")
+)
 
-// settle prepares the guest for being saved. What cannot be tried is left out,
-// and said: clones are slower then.
-func (a *Agent) settle(ctx context.Context) (skipped string, err error) {
+// settle prepares the guest for being saved, or with shares for waiting until it
+// is a pod's. What cannot be tried is left out, and said: containers start more
+// slowly then.
+func (a *Agent) settle(ctx context.Context, shares []*agentv1.Share) (skipped string, err error) {
+	if err := checkShares(shares); err != nil {
+		return "", err
+	}
 	a.configuring.Lock()
 	defer a.configuring.Unlock()
 	a.mu.Lock()
@@ -36,7 +43,11 @@ func (a *Agent) settle(ctx context.Context) (skipped string, err error) {
 	if err := a.system.Settle(ctx); err != nil {
 		return "", err
 	}
-	if err := a.try(ctx); err != nil {
+	if len(shares) > 0 {
+		if err := a.waitWith(shares); err != nil {
+			return "", err
+		}
+	} else if err := a.try(ctx); err != nil {
 		if ctx.Err() != nil {
 			return "", ctx.Err()
 		}
@@ -47,6 +58,21 @@ func (a *Agent) settle(ctx context.Context) (skipped string, err error) {
 	// The garbage of the boot is collected here and not in every clone.
 	runtime.GC()
 	return skipped, nil
+}
+
+// waitWith mounts shares, and allows containers that are no pod's.
+func (a *Agent) waitWith(shares []*agentv1.Share) error {
+	if err := a.mountShares(shares); err != nil {
+		return err
+	}
+	// Most pods begin with no card, and get theirs when their hooks have run.
+	if err := a.system.ConfigureNetwork(&agentv1.NetworkConfig{}); err != nil {
+		return fmt.Errorf("try the network: %w", err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.trials = true
+	return nil
 }
 
 // useMessages encodes and decodes every kind of message once: the library works

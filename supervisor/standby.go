@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/golang/glog"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -87,13 +86,11 @@ func StartStandby(ctx context.Context, o StandbyOptions) (_ *Standby, err error)
 // warm lets the guest do once what the pod's first container will need, and stops
 // its processors: a VM that stands by uses no time.
 func (b *Standby) warm(ctx context.Context) error {
-	r, err := b.machine.client.Settle(ctx, &agentv1.SettleRequest{})
-	switch {
-	case status.Code(err) == codes.Unimplemented:
-	case err != nil:
+	if _, err := b.machine.client.Settle(ctx, &agentv1.SettleRequest{Shares: guestShares()}); err != nil {
 		return fmt.Errorf("warm the guest: %w", err)
-	case r.Skipped != "":
-		glog.Warningf("%s: containers will start slower than they could: %s", b.o.Name, r.Skipped)
+	}
+	if err := b.rehearse(ctx); err != nil {
+		return err
 	}
 	return b.machine.vm.Pause(ctx)
 }

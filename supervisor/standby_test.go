@@ -1,9 +1,11 @@
 package supervisor
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
@@ -21,13 +23,44 @@ func (p *pod) standby() *Standby {
 			return factory.Direct(p.driver), "fake", nil
 		},
 		newShare: func(dir string, _ *os.File) (sharer, error) {
-			return noShare{}, os.MkdirAll(filepath.Join(dir, shareName), 0o700)
+			return stage{t: p.t}, os.MkdirAll(filepath.Join(dir, shareName), 0o700)
 		},
 	})
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	return b
+}
+
+// stage is a share on which a rehearsal can be held.
+type stage struct {
+	noShare
+	t *testing.T
+}
+
+func (s stage) rehearsal(program []byte) (string, func(), error) {
+	if !bytes.HasPrefix(program, []byte("\x7fELF")) {
+		s.t.Errorf("the program begins with %q", program[:4])
+	}
+	return "somewhere/rootfs", func() {}, nil
+}
+
+// A standby has done what a pod needs before it stops its processors, and left
+// nothing of it.
+func TestStandbyRehearses(t *testing.T) {
+	p := newPod(t, func(p *pod) { p.s.o.Standby = p.standby() })
+	count := make(map[string]int)
+	for _, name := range p.agent.Calls() {
+		count[name]++
+	}
+	for _, name := range []string{"CreateContainer", "StartContainer", "Exec", "SignalProcess", "DeleteContainer"} {
+		if count[name] != rehearsals {
+			t.Errorf("%d times %s, want %d", count[name], name, rehearsals)
+		}
+	}
+	_ = p.life.Close()
+	<-p.served
+	<-p.vm().Done()
 }
 
 // A standby that nobody has used goes with its pod.
@@ -38,6 +71,10 @@ func TestStandbyWithoutCreate(t *testing.T) {
 		p.s.o.Adopted = func() { close(adopted) }
 	})
 	<-adopted
+	// Its guest is greeted anew beside the first call.
+	for len(p.agent.Hellos()) < 2 && t.Context().Err() == nil {
+		runtime.Gosched()
+	}
 	if _, err := os.Stat(filepath.Join(p.dir, consoleName)); err != nil && !os.IsNotExist(err) {
 		t.Error(err)
 	}

@@ -35,6 +35,7 @@ import (
 //	trap          runs until SIGKILL
 //	spam N        prints N bytes
 //	oom           is killed for want of memory
+//	/program wait runs until it is killed, without "wait" it ends: a rehearsal's
 //	absent        cannot be executed
 //
 // The zero value is ready to use.
@@ -419,6 +420,10 @@ func (s *service) run(k key, p *process) {
 	case "exit":
 		n, _ := strconv.Atoi(args[1])
 		p.result.ExitCode = uint32(n)
+	case "/program":
+		if len(args) > 1 {
+			killed(<-p.signals)
+		}
 	case "sleep", "trap":
 		for {
 			select {
