@@ -89,7 +89,12 @@ race: ## Run the unit tests with the race detector
 .PHONY: integration
 integration: guest ## Run the end-to-end tests against the built binaries (as root)
 	RUNV_TEST_MUST=1 $(GO) test -count=1 -timeout 15m ./tests/...
-	cd tests/shim && RUNV_TEST_MUST=1 $(GO) test -count=1 -timeout 15m ./...
+
+# The suite's checksum is not in tests/shim/go.sum: whoever runs it has Go ask the
+# checksum database for it.
+.PHONY: shimtest
+shimtest: guest ## Run containerd's conformance suite for shims (as root)
+	cd tests/shim && RUNV_TEST_MUST=1 $(GO) test -mod=mod -count=1 -timeout 15m ./...
 
 .PHONY: validate
 validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as root)
