@@ -728,9 +728,11 @@ func (x *Hooks) GetPoststop() []*Hook {
 
 // StandIn names the host process that stands for a guest process.
 type StandIn struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pid           int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
-	StartTime     uint64                 `protobuf:"varint,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"` // field 22 of /proc/PID/stat, clock ticks since boot
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Pid       int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	StartTime uint64                 `protobuf:"varint,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"` // field 22 of /proc/PID/stat, clock ticks since boot
+	// It is alone in a mount namespace, which the supervisor may change.
+	OwnMounts     bool `protobuf:"varint,3,opt,name=own_mounts,json=ownMounts,proto3" json:"own_mounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -777,6 +779,13 @@ func (x *StandIn) GetStartTime() uint64 {
 		return x.StartTime
 	}
 	return 0
+}
+
+func (x *StandIn) GetOwnMounts() bool {
+	if x != nil {
+		return x.OwnMounts
+	}
+	return false
 }
 
 type CreateRequest struct {
@@ -4069,11 +4078,13 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\bprestart\x18\x01 \x03(\v2\x18.runv.supervisor.v1.HookR\bprestart\x12?\n" +
 	"\x0ecreate_runtime\x18\x02 \x03(\v2\x18.runv.supervisor.v1.HookR\rcreateRuntime\x126\n" +
 	"\tpoststart\x18\x03 \x03(\v2\x18.runv.supervisor.v1.HookR\tpoststart\x124\n" +
-	"\bpoststop\x18\x04 \x03(\v2\x18.runv.supervisor.v1.HookR\bpoststop\":\n" +
+	"\bpoststop\x18\x04 \x03(\v2\x18.runv.supervisor.v1.HookR\bpoststop\"Y\n" +
 	"\aStandIn\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x1d\n" +
 	"\n" +
-	"start_time\x18\x02 \x01(\x04R\tstartTime\"\xb2\x05\n" +
+	"start_time\x18\x02 \x01(\x04R\tstartTime\x12\x1d\n" +
+	"\n" +
+	"own_mounts\x18\x03 \x01(\bR\townMounts\"\xb2\x05\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
