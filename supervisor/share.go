@@ -14,7 +14,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
+	"github.com/hyperhq/runv/state"
 )
 
 const (
@@ -50,6 +52,7 @@ type share struct {
 // sharer is what a pod needs of its share; tests that may not mount have another.
 type sharer interface {
 	add(ctx context.Context, ms []*supervisorv1.HostMount) (undo func(), err error)
+	show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) error
 	close()
 }
 
@@ -369,7 +372,12 @@ func (s *share) remove(p string) {
 		return
 	}
 	defer parent.Close()
-	_ = unix.Unmount("/proc/self/fd/"+strconv.Itoa(int(s.ro.Fd()))+"/"+p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	// By the descriptor of the directory that has the mount point, which is in the
+	// share itself: no name but the last is looked up.
+	if at, err := below(s.ro, path.Dir(p), unix.O_PATH|unix.O_DIRECTORY); err == nil {
+		_ = unix.Unmount("/proc/self/fd/"+strconv.Itoa(int(at.Fd()))+"/"+name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		_ = at.Close()
+	}
 	if err := unix.Unlinkat(int(parent.Fd()), name, 0); errors.Is(err, unix.EISDIR) {
 		_ = unix.Unlinkat(int(parent.Fd()), name, unix.AT_REMOVEDIR)
 	}
