@@ -79,9 +79,11 @@ func (f *fakeSystem) SetHostname(s string) error {
 }
 
 func (f *fakeSystem) SetMachineID(s string) error { return f.call("machine", func() { f.machine = s }) }
+
 func (f *fakeSystem) DHCP(_ context.Context, mac net.HardwareAddr) error {
 	return f.call("dhcp", func() { f.dhcp++; f.mac = mac })
 }
+
 func (f *fakeSystem) ConfigureNetwork(cfg *agentv1.NetworkConfig) error {
 	return f.call("network", func() { f.networks = append(f.networks, cfg) })
 }
