@@ -215,7 +215,7 @@ func (x Namespace_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Namespace_Type.Descriptor instead.
 func (Namespace_Type) EnumDescriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23, 0}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // StreamHeader says what the stream that it begins is for.
@@ -1436,8 +1436,11 @@ type CreateContainerRequest struct {
 	// Offsets of a new time namespace, by clock: "monotonic" or "boottime".
 	TimeOffsets map[string]*TimeOffset `protobuf:"bytes,20,rep,name=time_offsets,json=timeOffsets,proto3" json:"time_offsets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// PER_* of personality(2), for every process of the container.
-	Personality   uint32 `protobuf:"varint,21,opt,name=personality,proto3" json:"personality,omitempty"`
-	Trace         bool   `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
+	Personality uint32 `protobuf:"varint,21,opt,name=personality,proto3" json:"personality,omitempty"`
+	// Disks that the host has plugged for the container; they are unmounted and let
+	// go when it is deleted.
+	Disks         []*Disk `protobuf:"bytes,22,rep,name=disks,proto3" json:"disks,omitempty"`
+	Trace         bool    `protobuf:"varint,50,opt,name=trace,proto3" json:"trace,omitempty"` // the answer says what the time was spent with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1619,6 +1622,13 @@ func (x *CreateContainerRequest) GetPersonality() uint32 {
 	return 0
 }
 
+func (x *CreateContainerRequest) GetDisks() []*Disk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
 func (x *CreateContainerRequest) GetTrace() bool {
 	if x != nil {
 		return x.Trace
@@ -1746,7 +1756,10 @@ type Rootfs struct {
 	ReadOnly  bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	// MS_PRIVATE, MS_SLAVE, MS_SHARED or MS_UNBINDABLE, with or without MS_REC.
 	// 0: private, recursive.
-	Propagation   uint64 `protobuf:"varint,4,opt,name=propagation,proto3" json:"propagation,omitempty"`
+	Propagation uint64 `protobuf:"varint,4,opt,name=propagation,proto3" json:"propagation,omitempty"`
+	// What the container writes goes to memory of the guest; the share stays as it
+	// is.
+	Overlay       bool `protobuf:"varint,5,opt,name=overlay,proto3" json:"overlay,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1809,6 +1822,112 @@ func (x *Rootfs) GetPropagation() uint64 {
 	return 0
 }
 
+func (x *Rootfs) GetOverlay() bool {
+	if x != nil {
+		return x.Overlay
+	}
+	return false
+}
+
+// Disk is a SCSI disk of the VM.
+type Disk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its serial number: letters, digits and '-', at most 36.
+	Serial string `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	// File system to mount, "ext4", "erofs" or "squashfs". The disk is then what
+	// the share with the tag "disks" shows at the path of its serial number. Empty:
+	// none.
+	Type     string   `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	ReadOnly bool     `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Flags    []string `protobuf:"bytes,4,rep,name=flags,proto3" json:"flags,omitempty"` // as in Mount
+	Data     []string `protobuf:"bytes,5,rep,name=data,proto3" json:"data,omitempty"`   // as in Mount
+	// Paths of those of the request's devices that are this disk: they get its
+	// numbers, and the container access to it.
+	Devices       []string `protobuf:"bytes,6,rep,name=devices,proto3" json:"devices,omitempty"`
+	Access        string   `protobuf:"bytes,7,opt,name=access,proto3" json:"access,omitempty"` // letters of "rwm"
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disk) Reset() {
+	*x = Disk{}
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disk) ProtoMessage() {}
+
+func (x *Disk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disk.ProtoReflect.Descriptor instead.
+func (*Disk) Descriptor() ([]byte, []int) {
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Disk) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *Disk) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Disk) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Disk) GetFlags() []string {
+	if x != nil {
+		return x.Flags
+	}
+	return nil
+}
+
+func (x *Disk) GetData() []string {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *Disk) GetDevices() []string {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+func (x *Disk) GetAccess() string {
+	if x != nil {
+		return x.Access
+	}
+	return ""
+}
+
 type Mount struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Destination string                 `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
@@ -1842,7 +1961,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +1973,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +1986,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Mount) GetDestination() string {
@@ -1997,7 +2116,7 @@ type Device struct {
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2128,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2141,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Device) GetPath() string {
@@ -2085,7 +2204,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2097,7 +2216,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2110,7 +2229,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Namespace) GetType() Namespace_Type {
@@ -2138,7 +2257,7 @@ type IDMapping struct {
 
 func (x *IDMapping) Reset() {
 	*x = IDMapping{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2150,7 +2269,7 @@ func (x *IDMapping) String() string {
 func (*IDMapping) ProtoMessage() {}
 
 func (x *IDMapping) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2163,7 +2282,7 @@ func (x *IDMapping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
 func (*IDMapping) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IDMapping) GetContainerId() uint32 {
@@ -2201,7 +2320,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2332,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2345,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Resources) GetUnified() map[string]string {
@@ -2257,7 +2376,7 @@ type DeviceRule struct {
 
 func (x *DeviceRule) Reset() {
 	*x = DeviceRule{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2269,7 +2388,7 @@ func (x *DeviceRule) String() string {
 func (*DeviceRule) ProtoMessage() {}
 
 func (x *DeviceRule) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2282,7 +2401,7 @@ func (x *DeviceRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeviceRule.ProtoReflect.Descriptor instead.
 func (*DeviceRule) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeviceRule) GetAllow() bool {
@@ -2330,7 +2449,7 @@ type TimeOffset struct {
 
 func (x *TimeOffset) Reset() {
 	*x = TimeOffset{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2342,7 +2461,7 @@ func (x *TimeOffset) String() string {
 func (*TimeOffset) ProtoMessage() {}
 
 func (x *TimeOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2355,7 +2474,7 @@ func (x *TimeOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TimeOffset.ProtoReflect.Descriptor instead.
 func (*TimeOffset) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TimeOffset) GetSeconds() int64 {
@@ -2383,7 +2502,7 @@ type Seccomp struct {
 
 func (x *Seccomp) Reset() {
 	*x = Seccomp{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2514,7 @@ func (x *Seccomp) String() string {
 func (*Seccomp) ProtoMessage() {}
 
 func (x *Seccomp) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2527,7 @@ func (x *Seccomp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seccomp.ProtoReflect.Descriptor instead.
 func (*Seccomp) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Seccomp) GetFilter() []byte {
@@ -2435,7 +2554,7 @@ type GuestHooks struct {
 
 func (x *GuestHooks) Reset() {
 	*x = GuestHooks{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2447,7 +2566,7 @@ func (x *GuestHooks) String() string {
 func (*GuestHooks) ProtoMessage() {}
 
 func (x *GuestHooks) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2460,7 +2579,7 @@ func (x *GuestHooks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestHooks.ProtoReflect.Descriptor instead.
 func (*GuestHooks) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GuestHooks) GetCreateContainer() []*Hook {
@@ -2492,7 +2611,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2504,7 +2623,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2517,7 +2636,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Hook) GetPath() string {
@@ -2576,7 +2695,7 @@ type HookState struct {
 
 func (x *HookState) Reset() {
 	*x = HookState{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2707,7 @@ func (x *HookState) String() string {
 func (*HookState) ProtoMessage() {}
 
 func (x *HookState) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2720,7 @@ func (x *HookState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HookState.ProtoReflect.Descriptor instead.
 func (*HookState) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *HookState) GetOciVersion() string {
@@ -2661,7 +2780,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2792,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2805,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Process) GetTerminal() bool {
@@ -2799,7 +2918,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2930,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +2943,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *User) GetUid() uint32 {
@@ -2869,7 +2988,7 @@ type Capabilities struct {
 
 func (x *Capabilities) Reset() {
 	*x = Capabilities{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2881,7 +3000,7 @@ func (x *Capabilities) String() string {
 func (*Capabilities) ProtoMessage() {}
 
 func (x *Capabilities) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2894,7 +3013,7 @@ func (x *Capabilities) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capabilities.ProtoReflect.Descriptor instead.
 func (*Capabilities) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Capabilities) GetBounding() uint64 {
@@ -2943,7 +3062,7 @@ type Rlimit struct {
 
 func (x *Rlimit) Reset() {
 	*x = Rlimit{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3074,7 @@ func (x *Rlimit) String() string {
 func (*Rlimit) ProtoMessage() {}
 
 func (x *Rlimit) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3087,7 @@ func (x *Rlimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rlimit.ProtoReflect.Descriptor instead.
 func (*Rlimit) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Rlimit) GetResource() uint32 {
@@ -3002,7 +3121,7 @@ type IOPriority struct {
 
 func (x *IOPriority) Reset() {
 	*x = IOPriority{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3014,7 +3133,7 @@ func (x *IOPriority) String() string {
 func (*IOPriority) ProtoMessage() {}
 
 func (x *IOPriority) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3027,7 +3146,7 @@ func (x *IOPriority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOPriority.ProtoReflect.Descriptor instead.
 func (*IOPriority) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *IOPriority) GetClass() uint32 {
@@ -3059,7 +3178,7 @@ type Scheduler struct {
 
 func (x *Scheduler) Reset() {
 	*x = Scheduler{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3071,7 +3190,7 @@ func (x *Scheduler) String() string {
 func (*Scheduler) ProtoMessage() {}
 
 func (x *Scheduler) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3084,7 +3203,7 @@ func (x *Scheduler) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduler.ProtoReflect.Descriptor instead.
 func (*Scheduler) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Scheduler) GetPolicy() uint32 {
@@ -3146,7 +3265,7 @@ type StartContainerRequest struct {
 
 func (x *StartContainerRequest) Reset() {
 	*x = StartContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3158,7 +3277,7 @@ func (x *StartContainerRequest) String() string {
 func (*StartContainerRequest) ProtoMessage() {}
 
 func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3171,7 +3290,7 @@ func (x *StartContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerRequest.ProtoReflect.Descriptor instead.
 func (*StartContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StartContainerRequest) GetContainerId() string {
@@ -3197,7 +3316,7 @@ type StartContainerResponse struct {
 
 func (x *StartContainerResponse) Reset() {
 	*x = StartContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3209,7 +3328,7 @@ func (x *StartContainerResponse) String() string {
 func (*StartContainerResponse) ProtoMessage() {}
 
 func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3222,7 +3341,7 @@ func (x *StartContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartContainerResponse.ProtoReflect.Descriptor instead.
 func (*StartContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StartContainerResponse) GetTrace() *Trace {
@@ -3245,7 +3364,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3376,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[40]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +3389,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -3318,7 +3437,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3330,7 +3449,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[41]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3343,7 +3462,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ExecResponse) GetPid() uint32 {
@@ -3370,7 +3489,7 @@ type WaitProcessRequest struct {
 
 func (x *WaitProcessRequest) Reset() {
 	*x = WaitProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3382,7 +3501,7 @@ func (x *WaitProcessRequest) String() string {
 func (*WaitProcessRequest) ProtoMessage() {}
 
 func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[42]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3395,7 +3514,7 @@ func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessRequest.ProtoReflect.Descriptor instead.
 func (*WaitProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WaitProcessRequest) GetContainerId() string {
@@ -3426,7 +3545,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3438,7 +3557,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[43]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3451,7 +3570,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WaitProcessResponse) GetExitCode() uint32 {
@@ -3494,7 +3613,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3506,7 +3625,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[44]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3519,7 +3638,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -3558,7 +3677,7 @@ type SignalProcessResponse struct {
 
 func (x *SignalProcessResponse) Reset() {
 	*x = SignalProcessResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3570,7 +3689,7 @@ func (x *SignalProcessResponse) String() string {
 func (*SignalProcessResponse) ProtoMessage() {}
 
 func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[45]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3583,7 +3702,7 @@ func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessResponse.ProtoReflect.Descriptor instead.
 func (*SignalProcessResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 type ResizeTerminalRequest struct {
@@ -3598,7 +3717,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3610,7 +3729,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[46]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3623,7 +3742,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ResizeTerminalRequest) GetContainerId() string {
@@ -3662,7 +3781,7 @@ type ResizeTerminalResponse struct {
 
 func (x *ResizeTerminalResponse) Reset() {
 	*x = ResizeTerminalResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3674,7 +3793,7 @@ func (x *ResizeTerminalResponse) String() string {
 func (*ResizeTerminalResponse) ProtoMessage() {}
 
 func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[47]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3687,7 +3806,7 @@ func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalResponse.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type ListProcessesRequest struct {
@@ -3699,7 +3818,7 @@ type ListProcessesRequest struct {
 
 func (x *ListProcessesRequest) Reset() {
 	*x = ListProcessesRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3711,7 +3830,7 @@ func (x *ListProcessesRequest) String() string {
 func (*ListProcessesRequest) ProtoMessage() {}
 
 func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[48]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3724,7 +3843,7 @@ func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesRequest.ProtoReflect.Descriptor instead.
 func (*ListProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListProcessesRequest) GetContainerId() string {
@@ -3743,7 +3862,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3755,7 +3874,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[49]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3768,7 +3887,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*ProcessInfo {
@@ -3795,7 +3914,7 @@ type ProcessInfo struct {
 
 func (x *ProcessInfo) Reset() {
 	*x = ProcessInfo{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3807,7 +3926,7 @@ func (x *ProcessInfo) String() string {
 func (*ProcessInfo) ProtoMessage() {}
 
 func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[50]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3820,7 +3939,7 @@ func (x *ProcessInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessInfo.ProtoReflect.Descriptor instead.
 func (*ProcessInfo) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ProcessInfo) GetPid() uint32 {
@@ -3895,7 +4014,7 @@ type PauseContainerRequest struct {
 
 func (x *PauseContainerRequest) Reset() {
 	*x = PauseContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3907,7 +4026,7 @@ func (x *PauseContainerRequest) String() string {
 func (*PauseContainerRequest) ProtoMessage() {}
 
 func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[51]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3920,7 +4039,7 @@ func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerRequest.ProtoReflect.Descriptor instead.
 func (*PauseContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PauseContainerRequest) GetContainerId() string {
@@ -3938,7 +4057,7 @@ type PauseContainerResponse struct {
 
 func (x *PauseContainerResponse) Reset() {
 	*x = PauseContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3950,7 +4069,7 @@ func (x *PauseContainerResponse) String() string {
 func (*PauseContainerResponse) ProtoMessage() {}
 
 func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[52]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3963,7 +4082,7 @@ func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerResponse.ProtoReflect.Descriptor instead.
 func (*PauseContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 type ResumeContainerRequest struct {
@@ -3975,7 +4094,7 @@ type ResumeContainerRequest struct {
 
 func (x *ResumeContainerRequest) Reset() {
 	*x = ResumeContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3987,7 +4106,7 @@ func (x *ResumeContainerRequest) String() string {
 func (*ResumeContainerRequest) ProtoMessage() {}
 
 func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[53]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4000,7 +4119,7 @@ func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerRequest.ProtoReflect.Descriptor instead.
 func (*ResumeContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ResumeContainerRequest) GetContainerId() string {
@@ -4018,7 +4137,7 @@ type ResumeContainerResponse struct {
 
 func (x *ResumeContainerResponse) Reset() {
 	*x = ResumeContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4030,7 +4149,7 @@ func (x *ResumeContainerResponse) String() string {
 func (*ResumeContainerResponse) ProtoMessage() {}
 
 func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[54]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4043,7 +4162,7 @@ func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerResponse.ProtoReflect.Descriptor instead.
 func (*ResumeContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 type DeleteContainerRequest struct {
@@ -4055,7 +4174,7 @@ type DeleteContainerRequest struct {
 
 func (x *DeleteContainerRequest) Reset() {
 	*x = DeleteContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4067,7 +4186,7 @@ func (x *DeleteContainerRequest) String() string {
 func (*DeleteContainerRequest) ProtoMessage() {}
 
 func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[55]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4080,7 +4199,7 @@ func (x *DeleteContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerRequest.ProtoReflect.Descriptor instead.
 func (*DeleteContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *DeleteContainerRequest) GetContainerId() string {
@@ -4098,7 +4217,7 @@ type DeleteContainerResponse struct {
 
 func (x *DeleteContainerResponse) Reset() {
 	*x = DeleteContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4110,7 +4229,7 @@ func (x *DeleteContainerResponse) String() string {
 func (*DeleteContainerResponse) ProtoMessage() {}
 
 func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[56]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4123,7 +4242,7 @@ func (x *DeleteContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteContainerResponse.ProtoReflect.Descriptor instead.
 func (*DeleteContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type ShutdownRequest struct {
@@ -4134,7 +4253,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4265,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[57]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4278,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 type ShutdownResponse struct {
@@ -4170,7 +4289,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4182,7 +4301,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[58]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4195,7 +4314,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 type StatsContainerRequest struct {
@@ -4207,7 +4326,7 @@ type StatsContainerRequest struct {
 
 func (x *StatsContainerRequest) Reset() {
 	*x = StatsContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4219,7 +4338,7 @@ func (x *StatsContainerRequest) String() string {
 func (*StatsContainerRequest) ProtoMessage() {}
 
 func (x *StatsContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[59]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4232,7 +4351,7 @@ func (x *StatsContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsContainerRequest.ProtoReflect.Descriptor instead.
 func (*StatsContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StatsContainerRequest) GetContainerId() string {
@@ -4251,7 +4370,7 @@ type StatsContainerResponse struct {
 
 func (x *StatsContainerResponse) Reset() {
 	*x = StatsContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4382,7 @@ func (x *StatsContainerResponse) String() string {
 func (*StatsContainerResponse) ProtoMessage() {}
 
 func (x *StatsContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[60]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4395,7 @@ func (x *StatsContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsContainerResponse.ProtoReflect.Descriptor instead.
 func (*StatsContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *StatsContainerResponse) GetStats() *ContainerStats {
@@ -4303,7 +4422,7 @@ type ContainerStats struct {
 
 func (x *ContainerStats) Reset() {
 	*x = ContainerStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4315,7 +4434,7 @@ func (x *ContainerStats) String() string {
 func (*ContainerStats) ProtoMessage() {}
 
 func (x *ContainerStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[61]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4328,7 +4447,7 @@ func (x *ContainerStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStats.ProtoReflect.Descriptor instead.
 func (*ContainerStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ContainerStats) GetCpu() *CPUStats {
@@ -4390,7 +4509,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4402,7 +4521,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[62]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4415,7 +4534,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -4498,7 +4617,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4510,7 +4629,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[63]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4523,7 +4642,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{63}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -4596,7 +4715,7 @@ type MemoryEvents struct {
 
 func (x *MemoryEvents) Reset() {
 	*x = MemoryEvents{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4608,7 +4727,7 @@ func (x *MemoryEvents) String() string {
 func (*MemoryEvents) ProtoMessage() {}
 
 func (x *MemoryEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[64]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4621,7 +4740,7 @@ func (x *MemoryEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryEvents.ProtoReflect.Descriptor instead.
 func (*MemoryEvents) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{64}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *MemoryEvents) GetLow() uint64 {
@@ -4669,7 +4788,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4681,7 +4800,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[65]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4694,7 +4813,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{65}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -4725,7 +4844,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4737,7 +4856,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[66]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4750,7 +4869,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{66}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *IOStats) GetMajor() uint32 {
@@ -4807,7 +4926,7 @@ type HugetlbStats struct {
 
 func (x *HugetlbStats) Reset() {
 	*x = HugetlbStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4819,7 +4938,7 @@ func (x *HugetlbStats) String() string {
 func (*HugetlbStats) ProtoMessage() {}
 
 func (x *HugetlbStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[67]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4832,7 +4951,7 @@ func (x *HugetlbStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugetlbStats.ProtoReflect.Descriptor instead.
 func (*HugetlbStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{67}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *HugetlbStats) GetPageSize() string {
@@ -4880,7 +4999,7 @@ type NetworkStats struct {
 
 func (x *NetworkStats) Reset() {
 	*x = NetworkStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4892,7 +5011,7 @@ func (x *NetworkStats) String() string {
 func (*NetworkStats) ProtoMessage() {}
 
 func (x *NetworkStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[68]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4905,7 +5024,7 @@ func (x *NetworkStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkStats.ProtoReflect.Descriptor instead.
 func (*NetworkStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{68}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *NetworkStats) GetName() string {
@@ -4982,7 +5101,7 @@ type PressureStats struct {
 
 func (x *PressureStats) Reset() {
 	*x = PressureStats{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4994,7 +5113,7 @@ func (x *PressureStats) String() string {
 func (*PressureStats) ProtoMessage() {}
 
 func (x *PressureStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[69]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5007,7 +5126,7 @@ func (x *PressureStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PressureStats.ProtoReflect.Descriptor instead.
 func (*PressureStats) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{69}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PressureStats) GetSome() *Pressure {
@@ -5036,7 +5155,7 @@ type Pressure struct {
 
 func (x *Pressure) Reset() {
 	*x = Pressure{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5048,7 +5167,7 @@ func (x *Pressure) String() string {
 func (*Pressure) ProtoMessage() {}
 
 func (x *Pressure) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[70]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5061,7 +5180,7 @@ func (x *Pressure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pressure.ProtoReflect.Descriptor instead.
 func (*Pressure) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{70}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *Pressure) GetAvg10() float64 {
@@ -5103,7 +5222,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5115,7 +5234,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[71]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5128,7 +5247,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{71}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -5153,7 +5272,7 @@ type UpdateContainerResponse struct {
 
 func (x *UpdateContainerResponse) Reset() {
 	*x = UpdateContainerResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5165,7 +5284,7 @@ func (x *UpdateContainerResponse) String() string {
 func (*UpdateContainerResponse) ProtoMessage() {}
 
 func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[72]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5178,7 +5297,7 @@ func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerResponse.ProtoReflect.Descriptor instead.
 func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{72}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 type WaitOOMRequest struct {
@@ -5191,7 +5310,7 @@ type WaitOOMRequest struct {
 
 func (x *WaitOOMRequest) Reset() {
 	*x = WaitOOMRequest{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5203,7 +5322,7 @@ func (x *WaitOOMRequest) String() string {
 func (*WaitOOMRequest) ProtoMessage() {}
 
 func (x *WaitOOMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[73]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5216,7 +5335,7 @@ func (x *WaitOOMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitOOMRequest.ProtoReflect.Descriptor instead.
 func (*WaitOOMRequest) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{73}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *WaitOOMRequest) GetContainerId() string {
@@ -5242,7 +5361,7 @@ type WaitOOMResponse struct {
 
 func (x *WaitOOMResponse) Reset() {
 	*x = WaitOOMResponse{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5254,7 +5373,7 @@ func (x *WaitOOMResponse) String() string {
 func (*WaitOOMResponse) ProtoMessage() {}
 
 func (x *WaitOOMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[74]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5267,7 +5386,7 @@ func (x *WaitOOMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitOOMResponse.ProtoReflect.Descriptor instead.
 func (*WaitOOMResponse) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{74}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *WaitOOMResponse) GetCount() uint64 {
@@ -5289,7 +5408,7 @@ type Trace struct {
 
 func (x *Trace) Reset() {
 	*x = Trace{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5301,7 +5420,7 @@ func (x *Trace) String() string {
 func (*Trace) ProtoMessage() {}
 
 func (x *Trace) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[75]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5314,7 +5433,7 @@ func (x *Trace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trace.ProtoReflect.Descriptor instead.
 func (*Trace) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{75}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *Trace) GetDurationNano() int64 {
@@ -5343,7 +5462,7 @@ type Span struct {
 
 func (x *Span) Reset() {
 	*x = Span{}
-	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5355,7 +5474,7 @@ func (x *Span) String() string {
 func (*Span) ProtoMessage() {}
 
 func (x *Span) ProtoReflect() protoreflect.Message {
-	mi := &file_api_agent_v1_agent_proto_msgTypes[76]
+	mi := &file_api_agent_v1_agent_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5368,7 +5487,7 @@ func (x *Span) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Span.ProtoReflect.Descriptor instead.
 func (*Span) Descriptor() ([]byte, []int) {
-	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{76}
+	return file_api_agent_v1_agent_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *Span) GetName() string {
@@ -5510,7 +5629,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\tNeighbour\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x0e\n" +
 	"\x02ip\x18\x02 \x01(\fR\x02ip\x12\x10\n" +
-	"\x03mac\x18\x03 \x01(\fR\x03mac\"\xd5\t\n" +
+	"\x03mac\x18\x03 \x01(\fR\x03mac\"\x80\n" +
+	"\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12-\n" +
 	"\x06rootfs\x18\x02 \x01(\v2\x15.runv.agent.v1.RootfsR\x06rootfs\x12,\n" +
@@ -5538,7 +5658,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05stdio\x18\x12 \x01(\v2\x14.runv.agent.v1.StdioR\x05stdio\x12*\n" +
 	"\x11guest_resolv_conf\x18\x13 \x01(\bR\x0fguestResolvConf\x12Y\n" +
 	"\ftime_offsets\x18\x14 \x03(\v26.runv.agent.v1.CreateContainerRequest.TimeOffsetsEntryR\vtimeOffsets\x12 \n" +
-	"\vpersonality\x18\x15 \x01(\rR\vpersonality\x12\x14\n" +
+	"\vpersonality\x18\x15 \x01(\rR\vpersonality\x12)\n" +
+	"\x05disks\x18\x16 \x03(\v2\x13.runv.agent.v1.DiskR\x05disks\x12\x14\n" +
 	"\x05trace\x182 \x01(\bR\x05trace\x1a9\n" +
 	"\vSysctlEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -5552,13 +5673,22 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x05Stdio\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\bR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\bR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x03 \x01(\bR\x06stderr\"\x83\x01\n" +
+	"\x06stderr\x18\x03 \x01(\bR\x06stderr\"\x9d\x01\n" +
 	"\x06Rootfs\x12\x1b\n" +
 	"\tshare_tag\x18\x01 \x01(\tR\bshareTag\x12\x1d\n" +
 	"\n" +
 	"share_path\x18\x02 \x01(\tR\tsharePath\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12 \n" +
-	"\vpropagation\x18\x04 \x01(\x04R\vpropagation\"\xc9\x03\n" +
+	"\vpropagation\x18\x04 \x01(\x04R\vpropagation\x12\x18\n" +
+	"\aoverlay\x18\x05 \x01(\bR\aoverlay\"\xab\x01\n" +
+	"\x04Disk\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x14\n" +
+	"\x05flags\x18\x04 \x03(\tR\x05flags\x12\x12\n" +
+	"\x04data\x18\x05 \x03(\tR\x04data\x12\x18\n" +
+	"\adevices\x18\x06 \x03(\tR\adevices\x12\x16\n" +
+	"\x06access\x18\a \x01(\tR\x06access\"\xc9\x03\n" +
 	"\x05Mount\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x16\n" +
@@ -5895,7 +6025,7 @@ func file_api_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_api_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
+var file_api_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
 var file_api_agent_v1_agent_proto_goTypes = []any{
 	(StreamHeader_Kind)(0),           // 0: runv.agent.v1.StreamHeader.Kind
 	(Network_Mode)(0),                // 1: runv.agent.v1.Network.Mode
@@ -5921,74 +6051,75 @@ var file_api_agent_v1_agent_proto_goTypes = []any{
 	(*CreateContainerResponse)(nil),  // 21: runv.agent.v1.CreateContainerResponse
 	(*Stdio)(nil),                    // 22: runv.agent.v1.Stdio
 	(*Rootfs)(nil),                   // 23: runv.agent.v1.Rootfs
-	(*Mount)(nil),                    // 24: runv.agent.v1.Mount
-	(*Device)(nil),                   // 25: runv.agent.v1.Device
-	(*Namespace)(nil),                // 26: runv.agent.v1.Namespace
-	(*IDMapping)(nil),                // 27: runv.agent.v1.IDMapping
-	(*Resources)(nil),                // 28: runv.agent.v1.Resources
-	(*DeviceRule)(nil),               // 29: runv.agent.v1.DeviceRule
-	(*TimeOffset)(nil),               // 30: runv.agent.v1.TimeOffset
-	(*Seccomp)(nil),                  // 31: runv.agent.v1.Seccomp
-	(*GuestHooks)(nil),               // 32: runv.agent.v1.GuestHooks
-	(*Hook)(nil),                     // 33: runv.agent.v1.Hook
-	(*HookState)(nil),                // 34: runv.agent.v1.HookState
-	(*Process)(nil),                  // 35: runv.agent.v1.Process
-	(*User)(nil),                     // 36: runv.agent.v1.User
-	(*Capabilities)(nil),             // 37: runv.agent.v1.Capabilities
-	(*Rlimit)(nil),                   // 38: runv.agent.v1.Rlimit
-	(*IOPriority)(nil),               // 39: runv.agent.v1.IOPriority
-	(*Scheduler)(nil),                // 40: runv.agent.v1.Scheduler
-	(*StartContainerRequest)(nil),    // 41: runv.agent.v1.StartContainerRequest
-	(*StartContainerResponse)(nil),   // 42: runv.agent.v1.StartContainerResponse
-	(*ExecRequest)(nil),              // 43: runv.agent.v1.ExecRequest
-	(*ExecResponse)(nil),             // 44: runv.agent.v1.ExecResponse
-	(*WaitProcessRequest)(nil),       // 45: runv.agent.v1.WaitProcessRequest
-	(*WaitProcessResponse)(nil),      // 46: runv.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),     // 47: runv.agent.v1.SignalProcessRequest
-	(*SignalProcessResponse)(nil),    // 48: runv.agent.v1.SignalProcessResponse
-	(*ResizeTerminalRequest)(nil),    // 49: runv.agent.v1.ResizeTerminalRequest
-	(*ResizeTerminalResponse)(nil),   // 50: runv.agent.v1.ResizeTerminalResponse
-	(*ListProcessesRequest)(nil),     // 51: runv.agent.v1.ListProcessesRequest
-	(*ListProcessesResponse)(nil),    // 52: runv.agent.v1.ListProcessesResponse
-	(*ProcessInfo)(nil),              // 53: runv.agent.v1.ProcessInfo
-	(*PauseContainerRequest)(nil),    // 54: runv.agent.v1.PauseContainerRequest
-	(*PauseContainerResponse)(nil),   // 55: runv.agent.v1.PauseContainerResponse
-	(*ResumeContainerRequest)(nil),   // 56: runv.agent.v1.ResumeContainerRequest
-	(*ResumeContainerResponse)(nil),  // 57: runv.agent.v1.ResumeContainerResponse
-	(*DeleteContainerRequest)(nil),   // 58: runv.agent.v1.DeleteContainerRequest
-	(*DeleteContainerResponse)(nil),  // 59: runv.agent.v1.DeleteContainerResponse
-	(*ShutdownRequest)(nil),          // 60: runv.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 61: runv.agent.v1.ShutdownResponse
-	(*StatsContainerRequest)(nil),    // 62: runv.agent.v1.StatsContainerRequest
-	(*StatsContainerResponse)(nil),   // 63: runv.agent.v1.StatsContainerResponse
-	(*ContainerStats)(nil),           // 64: runv.agent.v1.ContainerStats
-	(*CPUStats)(nil),                 // 65: runv.agent.v1.CPUStats
-	(*MemoryStats)(nil),              // 66: runv.agent.v1.MemoryStats
-	(*MemoryEvents)(nil),             // 67: runv.agent.v1.MemoryEvents
-	(*PidsStats)(nil),                // 68: runv.agent.v1.PidsStats
-	(*IOStats)(nil),                  // 69: runv.agent.v1.IOStats
-	(*HugetlbStats)(nil),             // 70: runv.agent.v1.HugetlbStats
-	(*NetworkStats)(nil),             // 71: runv.agent.v1.NetworkStats
-	(*PressureStats)(nil),            // 72: runv.agent.v1.PressureStats
-	(*Pressure)(nil),                 // 73: runv.agent.v1.Pressure
-	(*UpdateContainerRequest)(nil),   // 74: runv.agent.v1.UpdateContainerRequest
-	(*UpdateContainerResponse)(nil),  // 75: runv.agent.v1.UpdateContainerResponse
-	(*WaitOOMRequest)(nil),           // 76: runv.agent.v1.WaitOOMRequest
-	(*WaitOOMResponse)(nil),          // 77: runv.agent.v1.WaitOOMResponse
-	(*Trace)(nil),                    // 78: runv.agent.v1.Trace
-	(*Span)(nil),                     // 79: runv.agent.v1.Span
-	nil,                              // 80: runv.agent.v1.CreateContainerRequest.SysctlEntry
-	nil,                              // 81: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	nil,                              // 82: runv.agent.v1.Resources.UnifiedEntry
-	nil,                              // 83: runv.agent.v1.HookState.AnnotationsEntry
-	nil,                              // 84: runv.agent.v1.MemoryStats.StatEntry
+	(*Disk)(nil),                     // 24: runv.agent.v1.Disk
+	(*Mount)(nil),                    // 25: runv.agent.v1.Mount
+	(*Device)(nil),                   // 26: runv.agent.v1.Device
+	(*Namespace)(nil),                // 27: runv.agent.v1.Namespace
+	(*IDMapping)(nil),                // 28: runv.agent.v1.IDMapping
+	(*Resources)(nil),                // 29: runv.agent.v1.Resources
+	(*DeviceRule)(nil),               // 30: runv.agent.v1.DeviceRule
+	(*TimeOffset)(nil),               // 31: runv.agent.v1.TimeOffset
+	(*Seccomp)(nil),                  // 32: runv.agent.v1.Seccomp
+	(*GuestHooks)(nil),               // 33: runv.agent.v1.GuestHooks
+	(*Hook)(nil),                     // 34: runv.agent.v1.Hook
+	(*HookState)(nil),                // 35: runv.agent.v1.HookState
+	(*Process)(nil),                  // 36: runv.agent.v1.Process
+	(*User)(nil),                     // 37: runv.agent.v1.User
+	(*Capabilities)(nil),             // 38: runv.agent.v1.Capabilities
+	(*Rlimit)(nil),                   // 39: runv.agent.v1.Rlimit
+	(*IOPriority)(nil),               // 40: runv.agent.v1.IOPriority
+	(*Scheduler)(nil),                // 41: runv.agent.v1.Scheduler
+	(*StartContainerRequest)(nil),    // 42: runv.agent.v1.StartContainerRequest
+	(*StartContainerResponse)(nil),   // 43: runv.agent.v1.StartContainerResponse
+	(*ExecRequest)(nil),              // 44: runv.agent.v1.ExecRequest
+	(*ExecResponse)(nil),             // 45: runv.agent.v1.ExecResponse
+	(*WaitProcessRequest)(nil),       // 46: runv.agent.v1.WaitProcessRequest
+	(*WaitProcessResponse)(nil),      // 47: runv.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),     // 48: runv.agent.v1.SignalProcessRequest
+	(*SignalProcessResponse)(nil),    // 49: runv.agent.v1.SignalProcessResponse
+	(*ResizeTerminalRequest)(nil),    // 50: runv.agent.v1.ResizeTerminalRequest
+	(*ResizeTerminalResponse)(nil),   // 51: runv.agent.v1.ResizeTerminalResponse
+	(*ListProcessesRequest)(nil),     // 52: runv.agent.v1.ListProcessesRequest
+	(*ListProcessesResponse)(nil),    // 53: runv.agent.v1.ListProcessesResponse
+	(*ProcessInfo)(nil),              // 54: runv.agent.v1.ProcessInfo
+	(*PauseContainerRequest)(nil),    // 55: runv.agent.v1.PauseContainerRequest
+	(*PauseContainerResponse)(nil),   // 56: runv.agent.v1.PauseContainerResponse
+	(*ResumeContainerRequest)(nil),   // 57: runv.agent.v1.ResumeContainerRequest
+	(*ResumeContainerResponse)(nil),  // 58: runv.agent.v1.ResumeContainerResponse
+	(*DeleteContainerRequest)(nil),   // 59: runv.agent.v1.DeleteContainerRequest
+	(*DeleteContainerResponse)(nil),  // 60: runv.agent.v1.DeleteContainerResponse
+	(*ShutdownRequest)(nil),          // 61: runv.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 62: runv.agent.v1.ShutdownResponse
+	(*StatsContainerRequest)(nil),    // 63: runv.agent.v1.StatsContainerRequest
+	(*StatsContainerResponse)(nil),   // 64: runv.agent.v1.StatsContainerResponse
+	(*ContainerStats)(nil),           // 65: runv.agent.v1.ContainerStats
+	(*CPUStats)(nil),                 // 66: runv.agent.v1.CPUStats
+	(*MemoryStats)(nil),              // 67: runv.agent.v1.MemoryStats
+	(*MemoryEvents)(nil),             // 68: runv.agent.v1.MemoryEvents
+	(*PidsStats)(nil),                // 69: runv.agent.v1.PidsStats
+	(*IOStats)(nil),                  // 70: runv.agent.v1.IOStats
+	(*HugetlbStats)(nil),             // 71: runv.agent.v1.HugetlbStats
+	(*NetworkStats)(nil),             // 72: runv.agent.v1.NetworkStats
+	(*PressureStats)(nil),            // 73: runv.agent.v1.PressureStats
+	(*Pressure)(nil),                 // 74: runv.agent.v1.Pressure
+	(*UpdateContainerRequest)(nil),   // 75: runv.agent.v1.UpdateContainerRequest
+	(*UpdateContainerResponse)(nil),  // 76: runv.agent.v1.UpdateContainerResponse
+	(*WaitOOMRequest)(nil),           // 77: runv.agent.v1.WaitOOMRequest
+	(*WaitOOMResponse)(nil),          // 78: runv.agent.v1.WaitOOMResponse
+	(*Trace)(nil),                    // 79: runv.agent.v1.Trace
+	(*Span)(nil),                     // 80: runv.agent.v1.Span
+	nil,                              // 81: runv.agent.v1.CreateContainerRequest.SysctlEntry
+	nil,                              // 82: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	nil,                              // 83: runv.agent.v1.Resources.UnifiedEntry
+	nil,                              // 84: runv.agent.v1.HookState.AnnotationsEntry
+	nil,                              // 85: runv.agent.v1.MemoryStats.StatEntry
 }
 var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	0,  // 0: runv.agent.v1.StreamHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
-	78, // 1: runv.agent.v1.HelloResponse.trace:type_name -> runv.agent.v1.Trace
+	79, // 1: runv.agent.v1.HelloResponse.trace:type_name -> runv.agent.v1.Trace
 	10, // 2: runv.agent.v1.ConfigureSandboxRequest.shares:type_name -> runv.agent.v1.Share
 	11, // 3: runv.agent.v1.ConfigureSandboxRequest.network:type_name -> runv.agent.v1.Network
-	78, // 4: runv.agent.v1.ConfigureSandboxResponse.trace:type_name -> runv.agent.v1.Trace
+	79, // 4: runv.agent.v1.ConfigureSandboxResponse.trace:type_name -> runv.agent.v1.Trace
 	10, // 5: runv.agent.v1.SettleRequest.shares:type_name -> runv.agent.v1.Share
 	1,  // 6: runv.agent.v1.Network.mode:type_name -> runv.agent.v1.Network.Mode
 	14, // 7: runv.agent.v1.Network.config:type_name -> runv.agent.v1.NetworkConfig
@@ -5999,93 +6130,94 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	16, // 12: runv.agent.v1.NetworkInterface.addresses:type_name -> runv.agent.v1.InterfaceAddress
 	18, // 13: runv.agent.v1.Route.next_hops:type_name -> runv.agent.v1.NextHop
 	23, // 14: runv.agent.v1.CreateContainerRequest.rootfs:type_name -> runv.agent.v1.Rootfs
-	24, // 15: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
-	25, // 16: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
-	26, // 17: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
-	27, // 18: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
-	27, // 19: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
-	80, // 20: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
-	28, // 21: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	31, // 22: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
-	32, // 23: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
-	34, // 24: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
-	35, // 25: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
+	25, // 15: runv.agent.v1.CreateContainerRequest.mounts:type_name -> runv.agent.v1.Mount
+	26, // 16: runv.agent.v1.CreateContainerRequest.devices:type_name -> runv.agent.v1.Device
+	27, // 17: runv.agent.v1.CreateContainerRequest.namespaces:type_name -> runv.agent.v1.Namespace
+	28, // 18: runv.agent.v1.CreateContainerRequest.uid_mappings:type_name -> runv.agent.v1.IDMapping
+	28, // 19: runv.agent.v1.CreateContainerRequest.gid_mappings:type_name -> runv.agent.v1.IDMapping
+	81, // 20: runv.agent.v1.CreateContainerRequest.sysctl:type_name -> runv.agent.v1.CreateContainerRequest.SysctlEntry
+	29, // 21: runv.agent.v1.CreateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	32, // 22: runv.agent.v1.CreateContainerRequest.seccomp:type_name -> runv.agent.v1.Seccomp
+	33, // 23: runv.agent.v1.CreateContainerRequest.hooks:type_name -> runv.agent.v1.GuestHooks
+	35, // 24: runv.agent.v1.CreateContainerRequest.hook_state:type_name -> runv.agent.v1.HookState
+	36, // 25: runv.agent.v1.CreateContainerRequest.process:type_name -> runv.agent.v1.Process
 	22, // 26: runv.agent.v1.CreateContainerRequest.stdio:type_name -> runv.agent.v1.Stdio
-	81, // 27: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
-	78, // 28: runv.agent.v1.CreateContainerResponse.trace:type_name -> runv.agent.v1.Trace
-	2,  // 29: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
-	82, // 30: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
-	29, // 31: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
-	33, // 32: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
-	33, // 33: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
-	83, // 34: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
-	36, // 35: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
-	37, // 36: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
-	38, // 37: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
-	39, // 38: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
-	40, // 39: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
-	78, // 40: runv.agent.v1.StartContainerResponse.trace:type_name -> runv.agent.v1.Trace
-	35, // 41: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	22, // 42: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	78, // 43: runv.agent.v1.ExecResponse.trace:type_name -> runv.agent.v1.Trace
-	53, // 44: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	64, // 45: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
-	65, // 46: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
-	66, // 47: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
-	68, // 48: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
-	69, // 49: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
-	70, // 50: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
-	71, // 51: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
-	72, // 52: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
-	84, // 53: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
-	67, // 54: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
-	72, // 55: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
-	73, // 56: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
-	73, // 57: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
-	28, // 58: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	79, // 59: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
-	30, // 60: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
-	4,  // 61: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 62: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	12, // 63: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
-	8,  // 64: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
-	20, // 65: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	41, // 66: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	43, // 67: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	45, // 68: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	47, // 69: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	49, // 70: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	51, // 71: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	54, // 72: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	56, // 73: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	58, // 74: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	62, // 75: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
-	74, // 76: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
-	76, // 77: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
-	60, // 78: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 79: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 80: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	13, // 81: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
-	9,  // 82: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
-	21, // 83: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	42, // 84: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	44, // 85: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	46, // 86: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	48, // 87: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	50, // 88: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	52, // 89: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	55, // 90: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	57, // 91: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	59, // 92: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	63, // 93: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
-	75, // 94: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
-	77, // 95: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
-	61, // 96: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	79, // [79:97] is the sub-list for method output_type
-	61, // [61:79] is the sub-list for method input_type
-	61, // [61:61] is the sub-list for extension type_name
-	61, // [61:61] is the sub-list for extension extendee
-	0,  // [0:61] is the sub-list for field type_name
+	82, // 27: runv.agent.v1.CreateContainerRequest.time_offsets:type_name -> runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry
+	24, // 28: runv.agent.v1.CreateContainerRequest.disks:type_name -> runv.agent.v1.Disk
+	79, // 29: runv.agent.v1.CreateContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	2,  // 30: runv.agent.v1.Namespace.type:type_name -> runv.agent.v1.Namespace.Type
+	83, // 31: runv.agent.v1.Resources.unified:type_name -> runv.agent.v1.Resources.UnifiedEntry
+	30, // 32: runv.agent.v1.Resources.devices:type_name -> runv.agent.v1.DeviceRule
+	34, // 33: runv.agent.v1.GuestHooks.create_container:type_name -> runv.agent.v1.Hook
+	34, // 34: runv.agent.v1.GuestHooks.start_container:type_name -> runv.agent.v1.Hook
+	84, // 35: runv.agent.v1.HookState.annotations:type_name -> runv.agent.v1.HookState.AnnotationsEntry
+	37, // 36: runv.agent.v1.Process.user:type_name -> runv.agent.v1.User
+	38, // 37: runv.agent.v1.Process.capabilities:type_name -> runv.agent.v1.Capabilities
+	39, // 38: runv.agent.v1.Process.rlimits:type_name -> runv.agent.v1.Rlimit
+	40, // 39: runv.agent.v1.Process.io_priority:type_name -> runv.agent.v1.IOPriority
+	41, // 40: runv.agent.v1.Process.scheduler:type_name -> runv.agent.v1.Scheduler
+	79, // 41: runv.agent.v1.StartContainerResponse.trace:type_name -> runv.agent.v1.Trace
+	36, // 42: runv.agent.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	22, // 43: runv.agent.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	79, // 44: runv.agent.v1.ExecResponse.trace:type_name -> runv.agent.v1.Trace
+	54, // 45: runv.agent.v1.ListProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	65, // 46: runv.agent.v1.StatsContainerResponse.stats:type_name -> runv.agent.v1.ContainerStats
+	66, // 47: runv.agent.v1.ContainerStats.cpu:type_name -> runv.agent.v1.CPUStats
+	67, // 48: runv.agent.v1.ContainerStats.memory:type_name -> runv.agent.v1.MemoryStats
+	69, // 49: runv.agent.v1.ContainerStats.pids:type_name -> runv.agent.v1.PidsStats
+	70, // 50: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
+	71, // 51: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
+	72, // 52: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
+	73, // 53: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
+	85, // 54: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
+	68, // 55: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
+	73, // 56: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
+	74, // 57: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
+	74, // 58: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
+	29, // 59: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	80, // 60: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
+	31, // 61: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 62: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 63: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	12, // 64: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
+	8,  // 65: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
+	20, // 66: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	42, // 67: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	44, // 68: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	46, // 69: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	48, // 70: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	50, // 71: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	52, // 72: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	55, // 73: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	57, // 74: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	59, // 75: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	63, // 76: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
+	75, // 77: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
+	77, // 78: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
+	61, // 79: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 80: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 81: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	13, // 82: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
+	9,  // 83: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
+	21, // 84: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	43, // 85: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	45, // 86: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	47, // 87: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	49, // 88: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	51, // 89: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	53, // 90: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	56, // 91: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	58, // 92: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	60, // 93: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	64, // 94: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
+	76, // 95: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
+	78, // 96: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
+	62, // 97: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	80, // [80:98] is the sub-list for method output_type
+	62, // [62:80] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
@@ -6093,18 +6225,18 @@ func file_api_agent_v1_agent_proto_init() {
 	if File_api_agent_v1_agent_proto != nil {
 		return
 	}
-	file_api_agent_v1_agent_proto_msgTypes[32].OneofWrappers = []any{}
 	file_api_agent_v1_agent_proto_msgTypes[33].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[63].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[65].OneofWrappers = []any{}
-	file_api_agent_v1_agent_proto_msgTypes[67].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[34].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[64].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[66].OneofWrappers = []any{}
+	file_api_agent_v1_agent_proto_msgTypes[68].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_agent_v1_agent_proto_rawDesc), len(file_api_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   82,
+			NumMessages:   83,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

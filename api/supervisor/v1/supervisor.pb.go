@@ -88,7 +88,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{40, 0}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{41, 0}
 }
 
 type StdioHeader struct {
@@ -590,6 +590,85 @@ func (x *HostMount) GetOwnNamespace() bool {
 	return false
 }
 
+// HostDisk is an image file or a block device of the host that becomes a disk of
+// the VM.
+type HostDisk struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Source   string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`                      // absolute path on the host
+	Serial   string                 `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`                      // of the disk, see runv.agent.v1.Disk
+	ReadOnly bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // enforced on the host's side
+	Format   string                 `protobuf:"bytes,4,opt,name=format,proto3" json:"format,omitempty"`                      // "raw" or "qcow2"; empty: raw. It is never guessed.
+	// Field of config.json for error messages, such as "mounts[3].source".
+	Field         string `protobuf:"bytes,5,opt,name=field,proto3" json:"field,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostDisk) Reset() {
+	*x = HostDisk{}
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostDisk) ProtoMessage() {}
+
+func (x *HostDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostDisk.ProtoReflect.Descriptor instead.
+func (*HostDisk) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HostDisk) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *HostDisk) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *HostDisk) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *HostDisk) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *HostDisk) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
 type Hook struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Path           string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -602,7 +681,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[5]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +693,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[5]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +706,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{5}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Hook) GetPath() string {
@@ -670,7 +749,7 @@ type Hooks struct {
 
 func (x *Hooks) Reset() {
 	*x = Hooks{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[6]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -682,7 +761,7 @@ func (x *Hooks) String() string {
 func (*Hooks) ProtoMessage() {}
 
 func (x *Hooks) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[6]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -695,7 +774,7 @@ func (x *Hooks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hooks.ProtoReflect.Descriptor instead.
 func (*Hooks) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{6}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Hooks) GetPrestart() []*Hook {
@@ -739,7 +818,7 @@ type StandIn struct {
 
 func (x *StandIn) Reset() {
 	*x = StandIn{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[7]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +830,7 @@ func (x *StandIn) String() string {
 func (*StandIn) ProtoMessage() {}
 
 func (x *StandIn) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[7]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +843,7 @@ func (x *StandIn) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandIn.ProtoReflect.Descriptor instead.
 func (*StandIn) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{7}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StandIn) GetPid() int32 {
@@ -805,6 +884,8 @@ type CreateRequest struct {
 	// Path of the network namespace that the stand-in was put into, empty if it was
 	// made for it: what a supervisor that is killed leaves there is cleaned up.
 	NetworkNamespace string `protobuf:"bytes,12,opt,name=network_namespace,json=networkNamespace,proto3" json:"network_namespace,omitempty"`
+	// Disks that the container is given.
+	Disks []*HostDisk `protobuf:"bytes,14,rep,name=disks,proto3" json:"disks,omitempty"`
 	// Unix time in nanoseconds, 0: no trace. The answer has the spans since then;
 	// so has the error, as a detail of type Trace.
 	TraceSinceUnixNano int64 `protobuf:"varint,50,opt,name=trace_since_unix_nano,json=traceSinceUnixNano,proto3" json:"trace_since_unix_nano,omitempty"`
@@ -814,7 +895,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[8]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -826,7 +907,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[8]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -839,7 +920,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{8}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -926,6 +1007,13 @@ func (x *CreateRequest) GetNetworkNamespace() string {
 	return ""
 }
 
+func (x *CreateRequest) GetDisks() []*HostDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
 func (x *CreateRequest) GetTraceSinceUnixNano() int64 {
 	if x != nil {
 		return x.TraceSinceUnixNano
@@ -944,7 +1032,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[9]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1044,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[9]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1057,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{9}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateResponse) GetWarnings() []string {
@@ -996,7 +1084,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[10]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1096,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[10]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1109,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{10}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1047,7 +1135,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[11]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1147,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[11]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1160,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{11}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StartResponse) GetTrace() *Trace {
@@ -1097,7 +1185,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[12]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1197,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[12]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1210,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{12}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1184,7 +1272,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[13]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1284,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[13]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1297,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{13}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExecResponse) GetGuestPid() uint32 {
@@ -1238,7 +1326,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[14]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1338,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[14]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1351,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{14}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AttachRequest) GetId() string {
@@ -1301,7 +1389,7 @@ type AttachResponse struct {
 
 func (x *AttachResponse) Reset() {
 	*x = AttachResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[15]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1401,7 @@ func (x *AttachResponse) String() string {
 func (*AttachResponse) ProtoMessage() {}
 
 func (x *AttachResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[15]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1414,7 @@ func (x *AttachResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachResponse.ProtoReflect.Descriptor instead.
 func (*AttachResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{15}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AttachResponse) GetExitCode() uint32 {
@@ -1369,7 +1457,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[16]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1469,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[16]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1482,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{16}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignalRequest) GetId() string {
@@ -1433,7 +1521,7 @@ type SignalResponse struct {
 
 func (x *SignalResponse) Reset() {
 	*x = SignalResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[17]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1533,7 @@ func (x *SignalResponse) String() string {
 func (*SignalResponse) ProtoMessage() {}
 
 func (x *SignalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[17]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1546,7 @@ func (x *SignalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
 func (*SignalResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{17}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{18}
 }
 
 type ResizeRequest struct {
@@ -1473,7 +1561,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[18]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1573,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[18]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1586,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{18}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -1537,7 +1625,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[19]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1637,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[19]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1650,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{19}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{20}
 }
 
 type ProcessesRequest struct {
@@ -1574,7 +1662,7 @@ type ProcessesRequest struct {
 
 func (x *ProcessesRequest) Reset() {
 	*x = ProcessesRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[20]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1586,7 +1674,7 @@ func (x *ProcessesRequest) String() string {
 func (*ProcessesRequest) ProtoMessage() {}
 
 func (x *ProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[20]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1599,7 +1687,7 @@ func (x *ProcessesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessesRequest.ProtoReflect.Descriptor instead.
 func (*ProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{20}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ProcessesRequest) GetId() string {
@@ -1620,7 +1708,7 @@ type ProcessesResponse struct {
 
 func (x *ProcessesResponse) Reset() {
 	*x = ProcessesResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[21]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1720,7 @@ func (x *ProcessesResponse) String() string {
 func (*ProcessesResponse) ProtoMessage() {}
 
 func (x *ProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[21]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1733,7 @@ func (x *ProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{21}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ProcessesResponse) GetProcesses() []*v1.ProcessInfo {
@@ -1671,7 +1759,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[22]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1771,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[22]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1784,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{22}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1714,7 +1802,7 @@ type PauseResponse struct {
 
 func (x *PauseResponse) Reset() {
 	*x = PauseResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[23]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1726,7 +1814,7 @@ func (x *PauseResponse) String() string {
 func (*PauseResponse) ProtoMessage() {}
 
 func (x *PauseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[23]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1739,7 +1827,7 @@ func (x *PauseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
 func (*PauseResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{23}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{24}
 }
 
 type ResumeRequest struct {
@@ -1751,7 +1839,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[24]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1763,7 +1851,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[24]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1776,7 +1864,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{24}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1794,7 +1882,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[25]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +1894,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[25]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +1907,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{25}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{26}
 }
 
 type DeleteRequest struct {
@@ -1833,7 +1921,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[26]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +1933,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[26]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +1946,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{26}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1891,7 +1979,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[27]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1903,7 +1991,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[27]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1916,7 +2004,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{27}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DeleteResponse) GetTrace() *Trace {
@@ -1942,7 +2030,7 @@ type HostCgroup struct {
 
 func (x *HostCgroup) Reset() {
 	*x = HostCgroup{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2042,7 @@ func (x *HostCgroup) String() string {
 func (*HostCgroup) ProtoMessage() {}
 
 func (x *HostCgroup) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[28]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2055,7 @@ func (x *HostCgroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostCgroup.ProtoReflect.Descriptor instead.
 func (*HostCgroup) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{28}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *HostCgroup) GetPath() string {
@@ -2035,7 +2123,7 @@ type LinuxResources struct {
 
 func (x *LinuxResources) Reset() {
 	*x = LinuxResources{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2047,7 +2135,7 @@ func (x *LinuxResources) String() string {
 func (*LinuxResources) ProtoMessage() {}
 
 func (x *LinuxResources) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[29]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2060,7 +2148,7 @@ func (x *LinuxResources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinuxResources.ProtoReflect.Descriptor instead.
 func (*LinuxResources) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{29}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LinuxResources) GetMemoryLimit() int64 {
@@ -2266,7 +2354,7 @@ type BlockIODevice struct {
 
 func (x *BlockIODevice) Reset() {
 	*x = BlockIODevice{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2278,7 +2366,7 @@ func (x *BlockIODevice) String() string {
 func (*BlockIODevice) ProtoMessage() {}
 
 func (x *BlockIODevice) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[30]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2291,7 +2379,7 @@ func (x *BlockIODevice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlockIODevice.ProtoReflect.Descriptor instead.
 func (*BlockIODevice) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{30}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *BlockIODevice) GetMajor() int64 {
@@ -2339,7 +2427,7 @@ type HugepageLimit struct {
 
 func (x *HugepageLimit) Reset() {
 	*x = HugepageLimit{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2439,7 @@ func (x *HugepageLimit) String() string {
 func (*HugepageLimit) ProtoMessage() {}
 
 func (x *HugepageLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[31]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2452,7 @@ func (x *HugepageLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugepageLimit.ProtoReflect.Descriptor instead.
 func (*HugepageLimit) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{31}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *HugepageLimit) GetPageSize() string {
@@ -2391,7 +2479,7 @@ type NetworkPriority struct {
 
 func (x *NetworkPriority) Reset() {
 	*x = NetworkPriority{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2403,7 +2491,7 @@ func (x *NetworkPriority) String() string {
 func (*NetworkPriority) ProtoMessage() {}
 
 func (x *NetworkPriority) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[32]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2416,7 +2504,7 @@ func (x *NetworkPriority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPriority.ProtoReflect.Descriptor instead.
 func (*NetworkPriority) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{32}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NetworkPriority) GetName() string {
@@ -2446,7 +2534,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2458,7 +2546,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[33]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2471,7 +2559,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{33}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -2505,7 +2593,7 @@ type UpdateResponse struct {
 
 func (x *UpdateResponse) Reset() {
 	*x = UpdateResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2605,7 @@ func (x *UpdateResponse) String() string {
 func (*UpdateResponse) ProtoMessage() {}
 
 func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[34]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2618,7 @@ func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateResponse.ProtoReflect.Descriptor instead.
 func (*UpdateResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{34}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateResponse) GetWarnings() []string {
@@ -2549,7 +2637,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2649,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[35]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2662,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{35}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -2594,7 +2682,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2694,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[36]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2707,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{36}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StatsResponse) GetContainer() *v1.ContainerStats {
@@ -2657,7 +2745,7 @@ type VMStats struct {
 
 func (x *VMStats) Reset() {
 	*x = VMStats{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2669,7 +2757,7 @@ func (x *VMStats) String() string {
 func (*VMStats) ProtoMessage() {}
 
 func (x *VMStats) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[37]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2682,7 +2770,7 @@ func (x *VMStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMStats.ProtoReflect.Descriptor instead.
 func (*VMStats) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{37}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *VMStats) GetPid() int32 {
@@ -2779,7 +2867,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2791,7 +2879,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[38]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2804,7 +2892,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{38}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EventsRequest) GetId() string {
@@ -2832,7 +2920,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2844,7 +2932,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[39]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2857,7 +2945,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{39}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *EventsResponse) GetEvents() []*Event {
@@ -2885,7 +2973,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +2985,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[40]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +2998,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{40}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2977,7 +3065,7 @@ type InspectRequest struct {
 
 func (x *InspectRequest) Reset() {
 	*x = InspectRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2989,7 +3077,7 @@ func (x *InspectRequest) String() string {
 func (*InspectRequest) ProtoMessage() {}
 
 func (x *InspectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[41]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3002,7 +3090,7 @@ func (x *InspectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectRequest.ProtoReflect.Descriptor instead.
 func (*InspectRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{41}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{42}
 }
 
 type InspectResponse struct {
@@ -3026,7 +3114,7 @@ type InspectResponse struct {
 
 func (x *InspectResponse) Reset() {
 	*x = InspectResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3038,7 +3126,7 @@ func (x *InspectResponse) String() string {
 func (*InspectResponse) ProtoMessage() {}
 
 func (x *InspectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[42]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3051,7 +3139,7 @@ func (x *InspectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectResponse.ProtoReflect.Descriptor instead.
 func (*InspectResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{42}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *InspectResponse) GetInfo() *InfoResponse {
@@ -3155,7 +3243,7 @@ type StartTimes struct {
 
 func (x *StartTimes) Reset() {
 	*x = StartTimes{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3167,7 +3255,7 @@ func (x *StartTimes) String() string {
 func (*StartTimes) ProtoMessage() {}
 
 func (x *StartTimes) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[43]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3180,7 +3268,7 @@ func (x *StartTimes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTimes.ProtoReflect.Descriptor instead.
 func (*StartTimes) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{43}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *StartTimes) GetBegunUnixNano() int64 {
@@ -3244,7 +3332,7 @@ type InspectContainer struct {
 
 func (x *InspectContainer) Reset() {
 	*x = InspectContainer{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3256,7 +3344,7 @@ func (x *InspectContainer) String() string {
 func (*InspectContainer) ProtoMessage() {}
 
 func (x *InspectContainer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[44]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3269,7 +3357,7 @@ func (x *InspectContainer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectContainer.ProtoReflect.Descriptor instead.
 func (*InspectContainer) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{44}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *InspectContainer) GetId() string {
@@ -3309,7 +3397,7 @@ type ListInterfacesRequest struct {
 
 func (x *ListInterfacesRequest) Reset() {
 	*x = ListInterfacesRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3321,7 +3409,7 @@ func (x *ListInterfacesRequest) String() string {
 func (*ListInterfacesRequest) ProtoMessage() {}
 
 func (x *ListInterfacesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[45]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3334,7 +3422,7 @@ func (x *ListInterfacesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInterfacesRequest.ProtoReflect.Descriptor instead.
 func (*ListInterfacesRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{45}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListInterfacesRequest) GetId() string {
@@ -3354,7 +3442,7 @@ type ListInterfacesResponse struct {
 
 func (x *ListInterfacesResponse) Reset() {
 	*x = ListInterfacesResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3366,7 +3454,7 @@ func (x *ListInterfacesResponse) String() string {
 func (*ListInterfacesResponse) ProtoMessage() {}
 
 func (x *ListInterfacesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[46]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3379,7 +3467,7 @@ func (x *ListInterfacesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInterfacesResponse.ProtoReflect.Descriptor instead.
 func (*ListInterfacesResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{46}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListInterfacesResponse) GetInterfaces() []*Interface {
@@ -3414,7 +3502,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3426,7 +3514,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[47]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3439,7 +3527,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{47}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Interface) GetName() string {
@@ -3525,7 +3613,7 @@ type AddInterfaceRequest struct {
 
 func (x *AddInterfaceRequest) Reset() {
 	*x = AddInterfaceRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3537,7 +3625,7 @@ func (x *AddInterfaceRequest) String() string {
 func (*AddInterfaceRequest) ProtoMessage() {}
 
 func (x *AddInterfaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[48]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3550,7 +3638,7 @@ func (x *AddInterfaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddInterfaceRequest.ProtoReflect.Descriptor instead.
 func (*AddInterfaceRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{48}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AddInterfaceRequest) GetId() string {
@@ -3624,7 +3712,7 @@ type AddInterfaceResponse struct {
 
 func (x *AddInterfaceResponse) Reset() {
 	*x = AddInterfaceResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3636,7 +3724,7 @@ func (x *AddInterfaceResponse) String() string {
 func (*AddInterfaceResponse) ProtoMessage() {}
 
 func (x *AddInterfaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[49]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3649,7 +3737,7 @@ func (x *AddInterfaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddInterfaceResponse.ProtoReflect.Descriptor instead.
 func (*AddInterfaceResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{49}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{50}
 }
 
 type UpdateInterfaceRequest struct {
@@ -3669,7 +3757,7 @@ type UpdateInterfaceRequest struct {
 
 func (x *UpdateInterfaceRequest) Reset() {
 	*x = UpdateInterfaceRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3681,7 +3769,7 @@ func (x *UpdateInterfaceRequest) String() string {
 func (*UpdateInterfaceRequest) ProtoMessage() {}
 
 func (x *UpdateInterfaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[50]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3694,7 +3782,7 @@ func (x *UpdateInterfaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateInterfaceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateInterfaceRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{50}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *UpdateInterfaceRequest) GetId() string {
@@ -3768,7 +3856,7 @@ type UpdateInterfaceResponse struct {
 
 func (x *UpdateInterfaceResponse) Reset() {
 	*x = UpdateInterfaceResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3780,7 +3868,7 @@ func (x *UpdateInterfaceResponse) String() string {
 func (*UpdateInterfaceResponse) ProtoMessage() {}
 
 func (x *UpdateInterfaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[51]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3793,7 +3881,7 @@ func (x *UpdateInterfaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateInterfaceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateInterfaceResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{51}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{52}
 }
 
 // RemoveInterface takes an interface that AddInterface made or moved.
@@ -3807,7 +3895,7 @@ type RemoveInterfaceRequest struct {
 
 func (x *RemoveInterfaceRequest) Reset() {
 	*x = RemoveInterfaceRequest{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3819,7 +3907,7 @@ func (x *RemoveInterfaceRequest) String() string {
 func (*RemoveInterfaceRequest) ProtoMessage() {}
 
 func (x *RemoveInterfaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[52]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3832,7 +3920,7 @@ func (x *RemoveInterfaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInterfaceRequest.ProtoReflect.Descriptor instead.
 func (*RemoveInterfaceRequest) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{52}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RemoveInterfaceRequest) GetId() string {
@@ -3857,7 +3945,7 @@ type RemoveInterfaceResponse struct {
 
 func (x *RemoveInterfaceResponse) Reset() {
 	*x = RemoveInterfaceResponse{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3869,7 +3957,7 @@ func (x *RemoveInterfaceResponse) String() string {
 func (*RemoveInterfaceResponse) ProtoMessage() {}
 
 func (x *RemoveInterfaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[53]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3882,7 +3970,7 @@ func (x *RemoveInterfaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveInterfaceResponse.ProtoReflect.Descriptor instead.
 func (*RemoveInterfaceResponse) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{53}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{54}
 }
 
 // Trace is what processes of the host and the guest spent their time with.
@@ -3895,7 +3983,7 @@ type Trace struct {
 
 func (x *Trace) Reset() {
 	*x = Trace{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3907,7 +3995,7 @@ func (x *Trace) String() string {
 func (*Trace) ProtoMessage() {}
 
 func (x *Trace) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[54]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3920,7 +4008,7 @@ func (x *Trace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Trace.ProtoReflect.Descriptor instead.
 func (*Trace) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{54}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Trace) GetSpans() []*Span {
@@ -3944,7 +4032,7 @@ type Span struct {
 
 func (x *Span) Reset() {
 	*x = Span{}
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3956,7 +4044,7 @@ func (x *Span) String() string {
 func (*Span) ProtoMessage() {}
 
 func (x *Span) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[55]
+	mi := &file_api_supervisor_v1_supervisor_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3969,7 +4057,7 @@ func (x *Span) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Span.ProtoReflect.Descriptor instead.
 func (*Span) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{55}
+	return file_api_supervisor_v1_supervisor_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Span) GetProcess() string {
@@ -4068,7 +4156,13 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\x05field\x18\b \x01(\tR\x05field\x12'\n" +
 	"\x0fexecutable_copy\x18\t \x01(\bR\x0eexecutableCopy\x12#\n" +
 	"\rown_namespace\x18\n" +
-	" \x01(\bR\fownNamespace\"i\n" +
+	" \x01(\bR\fownNamespace\"\x85\x01\n" +
+	"\bHostDisk\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
+	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x16\n" +
+	"\x06format\x18\x04 \x01(\tR\x06format\x12\x14\n" +
+	"\x05field\x18\x05 \x01(\tR\x05field\"i\n" +
 	"\x04Hook\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -4084,7 +4178,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\n" +
 	"start_time\x18\x02 \x01(\x04R\tstartTime\x12\x1d\n" +
 	"\n" +
-	"own_mounts\x18\x03 \x01(\bR\townMounts\"\xb2\x05\n" +
+	"own_mounts\x18\x03 \x01(\bR\townMounts\"\xe6\x05\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -4100,7 +4194,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\tcontainer\x18\n" +
 	" \x01(\v2%.runv.agent.v1.CreateContainerRequestR\tcontainer\x126\n" +
 	"\x06cgroup\x18\v \x01(\v2\x1e.runv.supervisor.v1.HostCgroupR\x06cgroup\x12+\n" +
-	"\x11network_namespace\x18\f \x01(\tR\x10networkNamespace\x121\n" +
+	"\x11network_namespace\x18\f \x01(\tR\x10networkNamespace\x122\n" +
+	"\x05disks\x18\x0e \x03(\v2\x1c.runv.supervisor.v1.HostDiskR\x05disks\x121\n" +
 	"\x15trace_since_unix_nano\x182 \x01(\x03R\x12traceSinceUnixNano\x1a>\n" +
 	"\x10AnnotationsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -4413,7 +4508,7 @@ func file_api_supervisor_v1_supervisor_proto_rawDescGZIP() []byte {
 }
 
 var file_api_supervisor_v1_supervisor_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_api_supervisor_v1_supervisor_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_api_supervisor_v1_supervisor_proto_goTypes = []any{
 	(Event_Kind)(0),                   // 0: runv.supervisor.v1.Event.Kind
 	(*StdioHeader)(nil),               // 1: runv.supervisor.v1.StdioHeader
@@ -4421,155 +4516,157 @@ var file_api_supervisor_v1_supervisor_proto_goTypes = []any{
 	(*InfoResponse)(nil),              // 3: runv.supervisor.v1.InfoResponse
 	(*VM)(nil),                        // 4: runv.supervisor.v1.VM
 	(*HostMount)(nil),                 // 5: runv.supervisor.v1.HostMount
-	(*Hook)(nil),                      // 6: runv.supervisor.v1.Hook
-	(*Hooks)(nil),                     // 7: runv.supervisor.v1.Hooks
-	(*StandIn)(nil),                   // 8: runv.supervisor.v1.StandIn
-	(*CreateRequest)(nil),             // 9: runv.supervisor.v1.CreateRequest
-	(*CreateResponse)(nil),            // 10: runv.supervisor.v1.CreateResponse
-	(*StartRequest)(nil),              // 11: runv.supervisor.v1.StartRequest
-	(*StartResponse)(nil),             // 12: runv.supervisor.v1.StartResponse
-	(*ExecRequest)(nil),               // 13: runv.supervisor.v1.ExecRequest
-	(*ExecResponse)(nil),              // 14: runv.supervisor.v1.ExecResponse
-	(*AttachRequest)(nil),             // 15: runv.supervisor.v1.AttachRequest
-	(*AttachResponse)(nil),            // 16: runv.supervisor.v1.AttachResponse
-	(*SignalRequest)(nil),             // 17: runv.supervisor.v1.SignalRequest
-	(*SignalResponse)(nil),            // 18: runv.supervisor.v1.SignalResponse
-	(*ResizeRequest)(nil),             // 19: runv.supervisor.v1.ResizeRequest
-	(*ResizeResponse)(nil),            // 20: runv.supervisor.v1.ResizeResponse
-	(*ProcessesRequest)(nil),          // 21: runv.supervisor.v1.ProcessesRequest
-	(*ProcessesResponse)(nil),         // 22: runv.supervisor.v1.ProcessesResponse
-	(*PauseRequest)(nil),              // 23: runv.supervisor.v1.PauseRequest
-	(*PauseResponse)(nil),             // 24: runv.supervisor.v1.PauseResponse
-	(*ResumeRequest)(nil),             // 25: runv.supervisor.v1.ResumeRequest
-	(*ResumeResponse)(nil),            // 26: runv.supervisor.v1.ResumeResponse
-	(*DeleteRequest)(nil),             // 27: runv.supervisor.v1.DeleteRequest
-	(*DeleteResponse)(nil),            // 28: runv.supervisor.v1.DeleteResponse
-	(*HostCgroup)(nil),                // 29: runv.supervisor.v1.HostCgroup
-	(*LinuxResources)(nil),            // 30: runv.supervisor.v1.LinuxResources
-	(*BlockIODevice)(nil),             // 31: runv.supervisor.v1.BlockIODevice
-	(*HugepageLimit)(nil),             // 32: runv.supervisor.v1.HugepageLimit
-	(*NetworkPriority)(nil),           // 33: runv.supervisor.v1.NetworkPriority
-	(*UpdateRequest)(nil),             // 34: runv.supervisor.v1.UpdateRequest
-	(*UpdateResponse)(nil),            // 35: runv.supervisor.v1.UpdateResponse
-	(*StatsRequest)(nil),              // 36: runv.supervisor.v1.StatsRequest
-	(*StatsResponse)(nil),             // 37: runv.supervisor.v1.StatsResponse
-	(*VMStats)(nil),                   // 38: runv.supervisor.v1.VMStats
-	(*EventsRequest)(nil),             // 39: runv.supervisor.v1.EventsRequest
-	(*EventsResponse)(nil),            // 40: runv.supervisor.v1.EventsResponse
-	(*Event)(nil),                     // 41: runv.supervisor.v1.Event
-	(*InspectRequest)(nil),            // 42: runv.supervisor.v1.InspectRequest
-	(*InspectResponse)(nil),           // 43: runv.supervisor.v1.InspectResponse
-	(*StartTimes)(nil),                // 44: runv.supervisor.v1.StartTimes
-	(*InspectContainer)(nil),          // 45: runv.supervisor.v1.InspectContainer
-	(*ListInterfacesRequest)(nil),     // 46: runv.supervisor.v1.ListInterfacesRequest
-	(*ListInterfacesResponse)(nil),    // 47: runv.supervisor.v1.ListInterfacesResponse
-	(*Interface)(nil),                 // 48: runv.supervisor.v1.Interface
-	(*AddInterfaceRequest)(nil),       // 49: runv.supervisor.v1.AddInterfaceRequest
-	(*AddInterfaceResponse)(nil),      // 50: runv.supervisor.v1.AddInterfaceResponse
-	(*UpdateInterfaceRequest)(nil),    // 51: runv.supervisor.v1.UpdateInterfaceRequest
-	(*UpdateInterfaceResponse)(nil),   // 52: runv.supervisor.v1.UpdateInterfaceResponse
-	(*RemoveInterfaceRequest)(nil),    // 53: runv.supervisor.v1.RemoveInterfaceRequest
-	(*RemoveInterfaceResponse)(nil),   // 54: runv.supervisor.v1.RemoveInterfaceResponse
-	(*Trace)(nil),                     // 55: runv.supervisor.v1.Trace
-	(*Span)(nil),                      // 56: runv.supervisor.v1.Span
-	nil,                               // 57: runv.supervisor.v1.CreateRequest.AnnotationsEntry
-	nil,                               // 58: runv.supervisor.v1.LinuxResources.UnifiedEntry
-	(v1.StreamHeader_Kind)(0),         // 59: runv.agent.v1.StreamHeader.Kind
-	(*v1.CreateContainerRequest)(nil), // 60: runv.agent.v1.CreateContainerRequest
-	(*v1.Process)(nil),                // 61: runv.agent.v1.Process
-	(*v1.Stdio)(nil),                  // 62: runv.agent.v1.Stdio
-	(*v1.ProcessInfo)(nil),            // 63: runv.agent.v1.ProcessInfo
-	(*v1.Resources)(nil),              // 64: runv.agent.v1.Resources
-	(*v1.ContainerStats)(nil),         // 65: runv.agent.v1.ContainerStats
+	(*HostDisk)(nil),                  // 6: runv.supervisor.v1.HostDisk
+	(*Hook)(nil),                      // 7: runv.supervisor.v1.Hook
+	(*Hooks)(nil),                     // 8: runv.supervisor.v1.Hooks
+	(*StandIn)(nil),                   // 9: runv.supervisor.v1.StandIn
+	(*CreateRequest)(nil),             // 10: runv.supervisor.v1.CreateRequest
+	(*CreateResponse)(nil),            // 11: runv.supervisor.v1.CreateResponse
+	(*StartRequest)(nil),              // 12: runv.supervisor.v1.StartRequest
+	(*StartResponse)(nil),             // 13: runv.supervisor.v1.StartResponse
+	(*ExecRequest)(nil),               // 14: runv.supervisor.v1.ExecRequest
+	(*ExecResponse)(nil),              // 15: runv.supervisor.v1.ExecResponse
+	(*AttachRequest)(nil),             // 16: runv.supervisor.v1.AttachRequest
+	(*AttachResponse)(nil),            // 17: runv.supervisor.v1.AttachResponse
+	(*SignalRequest)(nil),             // 18: runv.supervisor.v1.SignalRequest
+	(*SignalResponse)(nil),            // 19: runv.supervisor.v1.SignalResponse
+	(*ResizeRequest)(nil),             // 20: runv.supervisor.v1.ResizeRequest
+	(*ResizeResponse)(nil),            // 21: runv.supervisor.v1.ResizeResponse
+	(*ProcessesRequest)(nil),          // 22: runv.supervisor.v1.ProcessesRequest
+	(*ProcessesResponse)(nil),         // 23: runv.supervisor.v1.ProcessesResponse
+	(*PauseRequest)(nil),              // 24: runv.supervisor.v1.PauseRequest
+	(*PauseResponse)(nil),             // 25: runv.supervisor.v1.PauseResponse
+	(*ResumeRequest)(nil),             // 26: runv.supervisor.v1.ResumeRequest
+	(*ResumeResponse)(nil),            // 27: runv.supervisor.v1.ResumeResponse
+	(*DeleteRequest)(nil),             // 28: runv.supervisor.v1.DeleteRequest
+	(*DeleteResponse)(nil),            // 29: runv.supervisor.v1.DeleteResponse
+	(*HostCgroup)(nil),                // 30: runv.supervisor.v1.HostCgroup
+	(*LinuxResources)(nil),            // 31: runv.supervisor.v1.LinuxResources
+	(*BlockIODevice)(nil),             // 32: runv.supervisor.v1.BlockIODevice
+	(*HugepageLimit)(nil),             // 33: runv.supervisor.v1.HugepageLimit
+	(*NetworkPriority)(nil),           // 34: runv.supervisor.v1.NetworkPriority
+	(*UpdateRequest)(nil),             // 35: runv.supervisor.v1.UpdateRequest
+	(*UpdateResponse)(nil),            // 36: runv.supervisor.v1.UpdateResponse
+	(*StatsRequest)(nil),              // 37: runv.supervisor.v1.StatsRequest
+	(*StatsResponse)(nil),             // 38: runv.supervisor.v1.StatsResponse
+	(*VMStats)(nil),                   // 39: runv.supervisor.v1.VMStats
+	(*EventsRequest)(nil),             // 40: runv.supervisor.v1.EventsRequest
+	(*EventsResponse)(nil),            // 41: runv.supervisor.v1.EventsResponse
+	(*Event)(nil),                     // 42: runv.supervisor.v1.Event
+	(*InspectRequest)(nil),            // 43: runv.supervisor.v1.InspectRequest
+	(*InspectResponse)(nil),           // 44: runv.supervisor.v1.InspectResponse
+	(*StartTimes)(nil),                // 45: runv.supervisor.v1.StartTimes
+	(*InspectContainer)(nil),          // 46: runv.supervisor.v1.InspectContainer
+	(*ListInterfacesRequest)(nil),     // 47: runv.supervisor.v1.ListInterfacesRequest
+	(*ListInterfacesResponse)(nil),    // 48: runv.supervisor.v1.ListInterfacesResponse
+	(*Interface)(nil),                 // 49: runv.supervisor.v1.Interface
+	(*AddInterfaceRequest)(nil),       // 50: runv.supervisor.v1.AddInterfaceRequest
+	(*AddInterfaceResponse)(nil),      // 51: runv.supervisor.v1.AddInterfaceResponse
+	(*UpdateInterfaceRequest)(nil),    // 52: runv.supervisor.v1.UpdateInterfaceRequest
+	(*UpdateInterfaceResponse)(nil),   // 53: runv.supervisor.v1.UpdateInterfaceResponse
+	(*RemoveInterfaceRequest)(nil),    // 54: runv.supervisor.v1.RemoveInterfaceRequest
+	(*RemoveInterfaceResponse)(nil),   // 55: runv.supervisor.v1.RemoveInterfaceResponse
+	(*Trace)(nil),                     // 56: runv.supervisor.v1.Trace
+	(*Span)(nil),                      // 57: runv.supervisor.v1.Span
+	nil,                               // 58: runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	nil,                               // 59: runv.supervisor.v1.LinuxResources.UnifiedEntry
+	(v1.StreamHeader_Kind)(0),         // 60: runv.agent.v1.StreamHeader.Kind
+	(*v1.CreateContainerRequest)(nil), // 61: runv.agent.v1.CreateContainerRequest
+	(*v1.Process)(nil),                // 62: runv.agent.v1.Process
+	(*v1.Stdio)(nil),                  // 63: runv.agent.v1.Stdio
+	(*v1.ProcessInfo)(nil),            // 64: runv.agent.v1.ProcessInfo
+	(*v1.Resources)(nil),              // 65: runv.agent.v1.Resources
+	(*v1.ContainerStats)(nil),         // 66: runv.agent.v1.ContainerStats
 }
 var file_api_supervisor_v1_supervisor_proto_depIdxs = []int32{
-	59, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
-	6,  // 1: runv.supervisor.v1.Hooks.prestart:type_name -> runv.supervisor.v1.Hook
-	6,  // 2: runv.supervisor.v1.Hooks.create_runtime:type_name -> runv.supervisor.v1.Hook
-	6,  // 3: runv.supervisor.v1.Hooks.poststart:type_name -> runv.supervisor.v1.Hook
-	6,  // 4: runv.supervisor.v1.Hooks.poststop:type_name -> runv.supervisor.v1.Hook
-	57, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
+	60, // 0: runv.supervisor.v1.StdioHeader.kind:type_name -> runv.agent.v1.StreamHeader.Kind
+	7,  // 1: runv.supervisor.v1.Hooks.prestart:type_name -> runv.supervisor.v1.Hook
+	7,  // 2: runv.supervisor.v1.Hooks.create_runtime:type_name -> runv.supervisor.v1.Hook
+	7,  // 3: runv.supervisor.v1.Hooks.poststart:type_name -> runv.supervisor.v1.Hook
+	7,  // 4: runv.supervisor.v1.Hooks.poststop:type_name -> runv.supervisor.v1.Hook
+	58, // 5: runv.supervisor.v1.CreateRequest.annotations:type_name -> runv.supervisor.v1.CreateRequest.AnnotationsEntry
 	4,  // 6: runv.supervisor.v1.CreateRequest.vm:type_name -> runv.supervisor.v1.VM
 	5,  // 7: runv.supervisor.v1.CreateRequest.mounts:type_name -> runv.supervisor.v1.HostMount
-	7,  // 8: runv.supervisor.v1.CreateRequest.hooks:type_name -> runv.supervisor.v1.Hooks
-	8,  // 9: runv.supervisor.v1.CreateRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	60, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
-	29, // 11: runv.supervisor.v1.CreateRequest.cgroup:type_name -> runv.supervisor.v1.HostCgroup
-	55, // 12: runv.supervisor.v1.CreateResponse.trace:type_name -> runv.supervisor.v1.Trace
-	55, // 13: runv.supervisor.v1.StartResponse.trace:type_name -> runv.supervisor.v1.Trace
-	8,  // 14: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
-	61, // 15: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
-	62, // 16: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
-	55, // 17: runv.supervisor.v1.ExecResponse.trace:type_name -> runv.supervisor.v1.Trace
-	55, // 18: runv.supervisor.v1.AttachRequest.trace:type_name -> runv.supervisor.v1.Trace
-	63, // 19: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
-	55, // 20: runv.supervisor.v1.DeleteResponse.trace:type_name -> runv.supervisor.v1.Trace
-	30, // 21: runv.supervisor.v1.HostCgroup.resources:type_name -> runv.supervisor.v1.LinuxResources
-	31, // 22: runv.supervisor.v1.LinuxResources.block_io_weight_devices:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 23: runv.supervisor.v1.LinuxResources.throttle_read_bps:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 24: runv.supervisor.v1.LinuxResources.throttle_write_bps:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 25: runv.supervisor.v1.LinuxResources.throttle_read_iops:type_name -> runv.supervisor.v1.BlockIODevice
-	31, // 26: runv.supervisor.v1.LinuxResources.throttle_write_iops:type_name -> runv.supervisor.v1.BlockIODevice
-	32, // 27: runv.supervisor.v1.LinuxResources.hugepage_limits:type_name -> runv.supervisor.v1.HugepageLimit
-	33, // 28: runv.supervisor.v1.LinuxResources.network_priorities:type_name -> runv.supervisor.v1.NetworkPriority
-	58, // 29: runv.supervisor.v1.LinuxResources.unified:type_name -> runv.supervisor.v1.LinuxResources.UnifiedEntry
-	64, // 30: runv.supervisor.v1.UpdateRequest.guest:type_name -> runv.agent.v1.Resources
-	30, // 31: runv.supervisor.v1.UpdateRequest.resources:type_name -> runv.supervisor.v1.LinuxResources
-	65, // 32: runv.supervisor.v1.StatsResponse.container:type_name -> runv.agent.v1.ContainerStats
-	38, // 33: runv.supervisor.v1.StatsResponse.vm:type_name -> runv.supervisor.v1.VMStats
-	41, // 34: runv.supervisor.v1.EventsResponse.events:type_name -> runv.supervisor.v1.Event
-	0,  // 35: runv.supervisor.v1.Event.kind:type_name -> runv.supervisor.v1.Event.Kind
-	3,  // 36: runv.supervisor.v1.InspectResponse.info:type_name -> runv.supervisor.v1.InfoResponse
-	4,  // 37: runv.supervisor.v1.InspectResponse.vm:type_name -> runv.supervisor.v1.VM
-	44, // 38: runv.supervisor.v1.InspectResponse.start:type_name -> runv.supervisor.v1.StartTimes
-	45, // 39: runv.supervisor.v1.InspectResponse.containers:type_name -> runv.supervisor.v1.InspectContainer
-	38, // 40: runv.supervisor.v1.InspectResponse.stats:type_name -> runv.supervisor.v1.VMStats
-	5,  // 41: runv.supervisor.v1.InspectContainer.mounts:type_name -> runv.supervisor.v1.HostMount
-	48, // 42: runv.supervisor.v1.ListInterfacesResponse.interfaces:type_name -> runv.supervisor.v1.Interface
-	56, // 43: runv.supervisor.v1.Trace.spans:type_name -> runv.supervisor.v1.Span
-	2,  // 44: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
-	9,  // 45: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
-	11, // 46: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
-	13, // 47: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
-	15, // 48: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
-	17, // 49: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
-	19, // 50: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
-	21, // 51: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
-	23, // 52: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
-	25, // 53: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
-	34, // 54: runv.supervisor.v1.Supervisor.Update:input_type -> runv.supervisor.v1.UpdateRequest
-	36, // 55: runv.supervisor.v1.Supervisor.Stats:input_type -> runv.supervisor.v1.StatsRequest
-	39, // 56: runv.supervisor.v1.Supervisor.Events:input_type -> runv.supervisor.v1.EventsRequest
-	42, // 57: runv.supervisor.v1.Supervisor.Inspect:input_type -> runv.supervisor.v1.InspectRequest
-	27, // 58: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
-	46, // 59: runv.supervisor.v1.Supervisor.ListInterfaces:input_type -> runv.supervisor.v1.ListInterfacesRequest
-	49, // 60: runv.supervisor.v1.Supervisor.AddInterface:input_type -> runv.supervisor.v1.AddInterfaceRequest
-	51, // 61: runv.supervisor.v1.Supervisor.UpdateInterface:input_type -> runv.supervisor.v1.UpdateInterfaceRequest
-	53, // 62: runv.supervisor.v1.Supervisor.RemoveInterface:input_type -> runv.supervisor.v1.RemoveInterfaceRequest
-	3,  // 63: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
-	10, // 64: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
-	12, // 65: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
-	14, // 66: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
-	16, // 67: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
-	18, // 68: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
-	20, // 69: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
-	22, // 70: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
-	24, // 71: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
-	26, // 72: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
-	35, // 73: runv.supervisor.v1.Supervisor.Update:output_type -> runv.supervisor.v1.UpdateResponse
-	37, // 74: runv.supervisor.v1.Supervisor.Stats:output_type -> runv.supervisor.v1.StatsResponse
-	40, // 75: runv.supervisor.v1.Supervisor.Events:output_type -> runv.supervisor.v1.EventsResponse
-	43, // 76: runv.supervisor.v1.Supervisor.Inspect:output_type -> runv.supervisor.v1.InspectResponse
-	28, // 77: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
-	47, // 78: runv.supervisor.v1.Supervisor.ListInterfaces:output_type -> runv.supervisor.v1.ListInterfacesResponse
-	50, // 79: runv.supervisor.v1.Supervisor.AddInterface:output_type -> runv.supervisor.v1.AddInterfaceResponse
-	52, // 80: runv.supervisor.v1.Supervisor.UpdateInterface:output_type -> runv.supervisor.v1.UpdateInterfaceResponse
-	54, // 81: runv.supervisor.v1.Supervisor.RemoveInterface:output_type -> runv.supervisor.v1.RemoveInterfaceResponse
-	63, // [63:82] is the sub-list for method output_type
-	44, // [44:63] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	8,  // 8: runv.supervisor.v1.CreateRequest.hooks:type_name -> runv.supervisor.v1.Hooks
+	9,  // 9: runv.supervisor.v1.CreateRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
+	61, // 10: runv.supervisor.v1.CreateRequest.container:type_name -> runv.agent.v1.CreateContainerRequest
+	30, // 11: runv.supervisor.v1.CreateRequest.cgroup:type_name -> runv.supervisor.v1.HostCgroup
+	6,  // 12: runv.supervisor.v1.CreateRequest.disks:type_name -> runv.supervisor.v1.HostDisk
+	56, // 13: runv.supervisor.v1.CreateResponse.trace:type_name -> runv.supervisor.v1.Trace
+	56, // 14: runv.supervisor.v1.StartResponse.trace:type_name -> runv.supervisor.v1.Trace
+	9,  // 15: runv.supervisor.v1.ExecRequest.stand_in:type_name -> runv.supervisor.v1.StandIn
+	62, // 16: runv.supervisor.v1.ExecRequest.process:type_name -> runv.agent.v1.Process
+	63, // 17: runv.supervisor.v1.ExecRequest.stdio:type_name -> runv.agent.v1.Stdio
+	56, // 18: runv.supervisor.v1.ExecResponse.trace:type_name -> runv.supervisor.v1.Trace
+	56, // 19: runv.supervisor.v1.AttachRequest.trace:type_name -> runv.supervisor.v1.Trace
+	64, // 20: runv.supervisor.v1.ProcessesResponse.processes:type_name -> runv.agent.v1.ProcessInfo
+	56, // 21: runv.supervisor.v1.DeleteResponse.trace:type_name -> runv.supervisor.v1.Trace
+	31, // 22: runv.supervisor.v1.HostCgroup.resources:type_name -> runv.supervisor.v1.LinuxResources
+	32, // 23: runv.supervisor.v1.LinuxResources.block_io_weight_devices:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 24: runv.supervisor.v1.LinuxResources.throttle_read_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 25: runv.supervisor.v1.LinuxResources.throttle_write_bps:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 26: runv.supervisor.v1.LinuxResources.throttle_read_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	32, // 27: runv.supervisor.v1.LinuxResources.throttle_write_iops:type_name -> runv.supervisor.v1.BlockIODevice
+	33, // 28: runv.supervisor.v1.LinuxResources.hugepage_limits:type_name -> runv.supervisor.v1.HugepageLimit
+	34, // 29: runv.supervisor.v1.LinuxResources.network_priorities:type_name -> runv.supervisor.v1.NetworkPriority
+	59, // 30: runv.supervisor.v1.LinuxResources.unified:type_name -> runv.supervisor.v1.LinuxResources.UnifiedEntry
+	65, // 31: runv.supervisor.v1.UpdateRequest.guest:type_name -> runv.agent.v1.Resources
+	31, // 32: runv.supervisor.v1.UpdateRequest.resources:type_name -> runv.supervisor.v1.LinuxResources
+	66, // 33: runv.supervisor.v1.StatsResponse.container:type_name -> runv.agent.v1.ContainerStats
+	39, // 34: runv.supervisor.v1.StatsResponse.vm:type_name -> runv.supervisor.v1.VMStats
+	42, // 35: runv.supervisor.v1.EventsResponse.events:type_name -> runv.supervisor.v1.Event
+	0,  // 36: runv.supervisor.v1.Event.kind:type_name -> runv.supervisor.v1.Event.Kind
+	3,  // 37: runv.supervisor.v1.InspectResponse.info:type_name -> runv.supervisor.v1.InfoResponse
+	4,  // 38: runv.supervisor.v1.InspectResponse.vm:type_name -> runv.supervisor.v1.VM
+	45, // 39: runv.supervisor.v1.InspectResponse.start:type_name -> runv.supervisor.v1.StartTimes
+	46, // 40: runv.supervisor.v1.InspectResponse.containers:type_name -> runv.supervisor.v1.InspectContainer
+	39, // 41: runv.supervisor.v1.InspectResponse.stats:type_name -> runv.supervisor.v1.VMStats
+	5,  // 42: runv.supervisor.v1.InspectContainer.mounts:type_name -> runv.supervisor.v1.HostMount
+	49, // 43: runv.supervisor.v1.ListInterfacesResponse.interfaces:type_name -> runv.supervisor.v1.Interface
+	57, // 44: runv.supervisor.v1.Trace.spans:type_name -> runv.supervisor.v1.Span
+	2,  // 45: runv.supervisor.v1.Supervisor.Info:input_type -> runv.supervisor.v1.InfoRequest
+	10, // 46: runv.supervisor.v1.Supervisor.Create:input_type -> runv.supervisor.v1.CreateRequest
+	12, // 47: runv.supervisor.v1.Supervisor.Start:input_type -> runv.supervisor.v1.StartRequest
+	14, // 48: runv.supervisor.v1.Supervisor.Exec:input_type -> runv.supervisor.v1.ExecRequest
+	16, // 49: runv.supervisor.v1.Supervisor.Attach:input_type -> runv.supervisor.v1.AttachRequest
+	18, // 50: runv.supervisor.v1.Supervisor.Signal:input_type -> runv.supervisor.v1.SignalRequest
+	20, // 51: runv.supervisor.v1.Supervisor.Resize:input_type -> runv.supervisor.v1.ResizeRequest
+	22, // 52: runv.supervisor.v1.Supervisor.Processes:input_type -> runv.supervisor.v1.ProcessesRequest
+	24, // 53: runv.supervisor.v1.Supervisor.Pause:input_type -> runv.supervisor.v1.PauseRequest
+	26, // 54: runv.supervisor.v1.Supervisor.Resume:input_type -> runv.supervisor.v1.ResumeRequest
+	35, // 55: runv.supervisor.v1.Supervisor.Update:input_type -> runv.supervisor.v1.UpdateRequest
+	37, // 56: runv.supervisor.v1.Supervisor.Stats:input_type -> runv.supervisor.v1.StatsRequest
+	40, // 57: runv.supervisor.v1.Supervisor.Events:input_type -> runv.supervisor.v1.EventsRequest
+	43, // 58: runv.supervisor.v1.Supervisor.Inspect:input_type -> runv.supervisor.v1.InspectRequest
+	28, // 59: runv.supervisor.v1.Supervisor.Delete:input_type -> runv.supervisor.v1.DeleteRequest
+	47, // 60: runv.supervisor.v1.Supervisor.ListInterfaces:input_type -> runv.supervisor.v1.ListInterfacesRequest
+	50, // 61: runv.supervisor.v1.Supervisor.AddInterface:input_type -> runv.supervisor.v1.AddInterfaceRequest
+	52, // 62: runv.supervisor.v1.Supervisor.UpdateInterface:input_type -> runv.supervisor.v1.UpdateInterfaceRequest
+	54, // 63: runv.supervisor.v1.Supervisor.RemoveInterface:input_type -> runv.supervisor.v1.RemoveInterfaceRequest
+	3,  // 64: runv.supervisor.v1.Supervisor.Info:output_type -> runv.supervisor.v1.InfoResponse
+	11, // 65: runv.supervisor.v1.Supervisor.Create:output_type -> runv.supervisor.v1.CreateResponse
+	13, // 66: runv.supervisor.v1.Supervisor.Start:output_type -> runv.supervisor.v1.StartResponse
+	15, // 67: runv.supervisor.v1.Supervisor.Exec:output_type -> runv.supervisor.v1.ExecResponse
+	17, // 68: runv.supervisor.v1.Supervisor.Attach:output_type -> runv.supervisor.v1.AttachResponse
+	19, // 69: runv.supervisor.v1.Supervisor.Signal:output_type -> runv.supervisor.v1.SignalResponse
+	21, // 70: runv.supervisor.v1.Supervisor.Resize:output_type -> runv.supervisor.v1.ResizeResponse
+	23, // 71: runv.supervisor.v1.Supervisor.Processes:output_type -> runv.supervisor.v1.ProcessesResponse
+	25, // 72: runv.supervisor.v1.Supervisor.Pause:output_type -> runv.supervisor.v1.PauseResponse
+	27, // 73: runv.supervisor.v1.Supervisor.Resume:output_type -> runv.supervisor.v1.ResumeResponse
+	36, // 74: runv.supervisor.v1.Supervisor.Update:output_type -> runv.supervisor.v1.UpdateResponse
+	38, // 75: runv.supervisor.v1.Supervisor.Stats:output_type -> runv.supervisor.v1.StatsResponse
+	41, // 76: runv.supervisor.v1.Supervisor.Events:output_type -> runv.supervisor.v1.EventsResponse
+	44, // 77: runv.supervisor.v1.Supervisor.Inspect:output_type -> runv.supervisor.v1.InspectResponse
+	29, // 78: runv.supervisor.v1.Supervisor.Delete:output_type -> runv.supervisor.v1.DeleteResponse
+	48, // 79: runv.supervisor.v1.Supervisor.ListInterfaces:output_type -> runv.supervisor.v1.ListInterfacesResponse
+	51, // 80: runv.supervisor.v1.Supervisor.AddInterface:output_type -> runv.supervisor.v1.AddInterfaceResponse
+	53, // 81: runv.supervisor.v1.Supervisor.UpdateInterface:output_type -> runv.supervisor.v1.UpdateInterfaceResponse
+	55, // 82: runv.supervisor.v1.Supervisor.RemoveInterface:output_type -> runv.supervisor.v1.RemoveInterfaceResponse
+	64, // [64:83] is the sub-list for method output_type
+	45, // [45:64] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_api_supervisor_v1_supervisor_proto_init() }
@@ -4577,16 +4674,16 @@ func file_api_supervisor_v1_supervisor_proto_init() {
 	if File_api_supervisor_v1_supervisor_proto != nil {
 		return
 	}
-	file_api_supervisor_v1_supervisor_proto_msgTypes[29].OneofWrappers = []any{}
 	file_api_supervisor_v1_supervisor_proto_msgTypes[30].OneofWrappers = []any{}
-	file_api_supervisor_v1_supervisor_proto_msgTypes[50].OneofWrappers = []any{}
+	file_api_supervisor_v1_supervisor_proto_msgTypes[31].OneofWrappers = []any{}
+	file_api_supervisor_v1_supervisor_proto_msgTypes[51].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_supervisor_v1_supervisor_proto_rawDesc), len(file_api_supervisor_v1_supervisor_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   58,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
