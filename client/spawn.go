@@ -75,6 +75,8 @@ type Process struct {
 	// ExecID is the process's name for its supervisor; empty for an init.
 	ExecID string
 	cmd    *exec.Cmd
+	// ownMounts: its mount namespace was made for it.
+	ownMounts bool
 }
 
 // Exit is how a process ended.
@@ -126,7 +128,7 @@ func (p *Process) ref() (*supervisorv1.StandIn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start stand-in: it ended at once: %w", err)
 	}
-	return &supervisorv1.StandIn{Pid: int32(r.Pid), StartTime: r.StartTime}, nil
+	return &supervisorv1.StandIn{Pid: int32(r.Pid), StartTime: r.StartTime, OwnMounts: p.ownMounts}, nil
 }
 
 // standIn starts the stand-in of a process. dir is the pod's directory.
@@ -139,6 +141,13 @@ func (c *Client) standIn(ctx context.Context, dir *os.File, id, execID string, i
 	}
 	cmd.ExtraFiles = []*os.File{dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	own := execID == "" && os.Geteuid() == 0
+	if own {
+		// The supervisor makes it show the container's files. Who may not make
+		// one cannot make a pod either.
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNS
+		cmd.Dir = "/"
+	}
 	if io.Terminal != nil {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = io.Terminal, io.Terminal, io.Terminal
 		cmd.SysProcAttr.Setctty = true
@@ -158,14 +167,14 @@ func (c *Client) standIn(ctx context.Context, dir *os.File, id, execID string, i
 	switch network {
 	case NetworkHost:
 	case NetworkNew:
-		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWNET
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
 	default:
 		start = func() error { return startIn(network, cmd) }
 	}
 	if err := start(); err != nil {
 		return nil, fmt.Errorf("start stand-in: %w", err)
 	}
-	return &Process{Pid: cmd.Process.Pid, ExecID: execID, cmd: cmd}, nil
+	return &Process{Pid: cmd.Process.Pid, ExecID: execID, cmd: cmd, ownMounts: own}, nil
 }
 
 // startIn starts cmd in the network namespace at path. A child has the

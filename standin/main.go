@@ -55,10 +55,15 @@ func Main(args []string) {
 	if runtime.GOMAXPROCS(0) > 4 {
 		runtime.GOMAXPROCS(4)
 	}
-	unix.CloseOnExec(DirFD)
+	// The supervisor is about to take the host's files, /proc among them, out of
+	// this process's sight, unless it is an exec's.
+	if err := unix.Fchdir(DirFD); err != nil {
+		_, _ = os.Stderr.WriteString("runv shim: state directory: " + err.Error() + "\n")
+		os.Exit(1)
+	}
+	_ = unix.Close(DirFD)
 	exit, err := Run(context.Background(), Options{
 		ID: args[1], ExecID: args[2],
-		Dir:     os.NewFile(DirFD, "state"),
 		Streams: s,
 		In:      os.Stdin, Out: os.Stdout, Err: os.Stderr,
 		Signals: AllSignals,

@@ -109,7 +109,8 @@ func ParseStreams(text string) (Streams, error) {
 type Options struct {
 	// ID is the container; ExecID the process in it, empty for its init.
 	ID, ExecID string
-	// Dir is the pod's state directory, where the sockets are.
+	// Dir is the pod's state directory, where the sockets are; nil: the working
+	// directory.
 	Dir     *os.File
 	Streams Streams
 	// In, Out and Err are the descriptors that Streams speaks of.
@@ -133,12 +134,16 @@ type Exit struct {
 // ErrLost is wrapped by Run's error when the supervisor is gone.
 var ErrLost = errors.New("the connection to the supervisor has ended")
 
-// Dial connects to one of the sockets in a pod's state directory. The path goes
-// through the descriptor, because a socket's path has at most 107 bytes and a
+// Dial connects to one of the sockets in a pod's state directory; nil is the
+// working directory. The path goes through the descriptor, because a socket's path has at most 107 bytes and a
 // directory's may have more.
 func Dial(ctx context.Context, dir *os.File, name string) (*net.UnixConn, error) {
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
+	path := name
+	if dir != nil {
+		path = fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name)
+	}
+	c, err := d.DialContext(ctx, "unix", path)
 	if err != nil {
 		var op *net.OpError
 		if errors.As(err, &op) {

@@ -381,6 +381,16 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return err
 	}
+	if req.GetStandIn().GetOwnMounts() {
+		end = trace.Begin(ctx, "view")
+		if err := sh.show(standIn, req.Container); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return err
+		}
+		end()
+	}
 	// The VM is up: from here on its speed is the container's.
 	if err := c.cgroup.setSpeed(limits, warn); err != nil {
 		return err

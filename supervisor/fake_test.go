@@ -65,6 +65,8 @@ type noShare struct{ err error }
 func (n noShare) add(context.Context, []*supervisorv1.HostMount) (func(), error) {
 	return func() {}, n.err
 }
+func (noShare) show(state.ProcessRef, *agentv1.CreateContainerRequest) error { return nil }
+
 func (noShare) close() {}
 
 func newPod(t *testing.T, set func(*pod)) *pod {
