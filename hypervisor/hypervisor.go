@@ -188,6 +188,13 @@ type VM interface {
 	// server has open is not part of the state); the caller sees to that. The
 	// result is the caller's to close.
 	Snapshot(ctx context.Context) (*Snapshot, error)
+	// AttachDisk plugs a disk. It returns when the guest could see it; the guest
+	// may take its time to. A disk is no part of a snapshot: a VM that is saved
+	// must have none.
+	AttachDisk(ctx context.Context, d Disk) error
+	// DetachDisk takes a disk away, whether or not the guest still uses it, and
+	// returns when the hypervisor has closed its file.
+	DetachDisk(ctx context.Context, id string) error
 	// Kill ends the VM at once. It does not wait; Done tells. It may be called
 	// any number of times.
 	Kill()

@@ -239,6 +239,9 @@ type VM struct {
 	open    bool            // guarded by mu; the agent's connection is
 	memory  []byte          // guarded by mu; the first bytes of the guest's
 	paused  bool            // guarded by mu
+
+	disks     map[string]hypervisor.Disk // guarded by mu
+	diskNames []string                   // guarded by mu
 }
 
 var _ hypervisor.VM = (*VM)(nil)

@@ -63,6 +63,7 @@ func Run(t *testing.T, d hypervisor.Driver, c hypervisor.Config) {
 		{"Unsealed", s.unsealed},
 		{"CloneCancelled", s.cloneCancelled},
 		{"KilledMeanwhile", s.killedMeanwhile},
+		{"Disks", s.disks},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := openFiles(t)

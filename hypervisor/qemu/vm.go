@@ -50,6 +50,8 @@ type vm struct {
 	// port is what the guest does with the agent's serial port.
 	port port
 
+	disks disks
+
 	// running serialises Pause, Resume and Snapshot: one token.
 	running chan struct{}
 }
