@@ -27,10 +27,13 @@ import (
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/factory/policy"
 	"github.com/hyperhq/runv/pool"
+	"github.com/hyperhq/runv/template"
 	"github.com/hyperhq/runv/version"
 )
 
 const (
+	// templateManifest is written last when a template is made.
+	templateManifest = "manifest.json"
 	// defaultCache is how many VMs are kept ready if nothing says how many.
 	defaultCache = 2
 	// factoryLog is what the factory prints, in its directory.
@@ -93,8 +96,8 @@ policy is a list of entries such as
 
     {"cache":4,"template":true,"cpu":1,"memory":512},{"cache":1,"template":true,"cpu":4,"memory":4096}
 
-"cache" is how many are kept; with "template" they are clones of the configured
-template. Everything else of them is as the configuration and the global flags say, as
+"cache" is how many are kept; with "template" they are clones of a template of that
+size, which is made now if there is none. Everything else of them is as the configuration and the global flags say, as
 with 'runv run'. Without a policy there are 2 of the configured size, clones if a
 template is configured.`,
 		Flags: []cli.Flag{
@@ -113,6 +116,11 @@ template is configured.`,
 			entries, err := a.factoryEntries(cmd)
 			if err != nil {
 				return err
+			}
+			if !cmd.Bool(detachedFlag) {
+				if err := a.makeTemplates(ctx, cmd.Root().Writer, entries); err != nil {
+					return err
+				}
 			}
 			if !cmd.Bool("foreground") && !cmd.Bool(detachedFlag) {
 				pid, err := detach(ctx, dir)
@@ -165,12 +173,42 @@ func (a *app) factoryEntries(cmd *cli.Command) ([]pool.Entry, error) {
 		default:
 			// A VM that boots instead would be one with a warning that nobody hears.
 			vm.TemplatePolicy = "required"
-			const manifest = "manifest.json"
-			e.Files = append(e.Files, filepath.Join(vm.Template, manifest), filepath.Join(factory.TemplateDir(vm.Template, c), manifest))
+			e.Files = append(e.Files, filepath.Join(vm.Template, templateManifest), filepath.Join(factory.TemplateDir(vm.Template, c), templateManifest))
 		}
 		entries = append(entries, e)
 	}
 	return entries, nil
+}
+
+// makeTemplates makes those templates that entries clone and that are not there.
+func (a *app) makeTemplates(ctx context.Context, out io.Writer, entries []pool.Entry) error {
+	for _, e := range entries {
+		base := e.VM.Template
+		if base == "" {
+			continue
+		}
+		size := policy.Config{Template: true, CPU: int(e.VM.Vcpus), Memory: int(e.VM.MemoryMib)}
+		dir := base
+		if e.VM.Factory != "" {
+			dir = factory.TemplateDir(base, size)
+		}
+		if _, err := os.Stat(filepath.Join(dir, templateManifest)); !errors.Is(err, os.ErrNotExist) {
+			continue // whether it fits is seen when it is cloned
+		}
+		a.config.VCPUs, a.config.Memory = size.CPU, size.Memory
+		begin := time.Now()
+		m, err := a.createTemplate(ctx, dir, false)
+		if errors.Is(err, template.ErrExists) {
+			continue // somebody else was quicker
+		}
+		if err == nil {
+			err = printMade(out, dir, m, begin)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // detach starts this command anew as a daemon and returns when that listens.

@@ -147,8 +147,22 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	cfg.ConsoleLog = s.consoleLog()
 	var m *machine
 	if b != nil {
-		m = b.machine
-	} else {
+		end := trace.Begin(ctx, "wake it")
+		err := b.awoken(ctx)
+		end()
+		switch {
+		case err == nil:
+			m = b.machine
+		case ctx.Err() != nil:
+			return nil, err
+		default:
+			// It died while it waited, or was found dead just now. Nobody has seen it
+			// yet, so the pod gets another VM.
+			glog.Warningf("pod %s: the VM that was ready is none: %v", s.o.SandboxID, err)
+			b.machine.close()
+		}
+	}
+	if m == nil {
 		// A hypervisor that loads a kernel fills much memory before anybody hears of
 		// it, and memory belongs to the cgroup in which it was first used. A clone
 		// does not, and has no time to wait.
@@ -180,18 +194,6 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 			m.close()
 		}
 	}()
-	if b != nil {
-		end := trace.Begin(ctx, "wake it")
-		select {
-		case err = <-b.awake:
-		case <-ctx.Done():
-			err = context.Cause(ctx)
-		}
-		end()
-		if err != nil {
-			return nil, err
-		}
-	}
 	s.timed(&s.times.agent)
 	sandbox := &agentv1.ConfigureSandboxRequest{
 		SandboxId: s.o.SandboxID,

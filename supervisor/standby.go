@@ -122,6 +122,19 @@ func (b *Standby) Close() {
 	}
 }
 
+// awoken waits until the guest is awake.
+func (b *Standby) awoken(ctx context.Context) error {
+	select {
+	case err := <-b.awake:
+		if err != nil {
+			err = b.machine.explain(err)
+		}
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // movable is a share whose mount can be moved.
 type movable interface {
 	move(dir string, host *os.File) error

@@ -45,6 +45,10 @@ func (s stage) rehearsal(program []byte) (string, func(), error) {
 	return "somewhere/rootfs", func() {}, nil
 }
 
+func (stage) move(dir string, _ *os.File) error {
+	return os.MkdirAll(filepath.Join(dir, shareName), 0o700)
+}
+
 // A standby has done what a pod needs before it stops its processors, and left
 // nothing of it.
 func TestStandbyRehearses(t *testing.T) {
@@ -89,4 +93,23 @@ func TestStandbyWithoutCreate(t *testing.T) {
 	if len(hs) < 2 || string(hs[0].Entropy) == string(hs[len(hs)-1].Entropy) {
 		t.Errorf("%d hellos", len(hs))
 	}
+}
+
+// The VM that was ready has died, and nobody had noticed: the pod has one all
+// the same.
+func TestStandbyDead(t *testing.T) {
+	p := newPod(t, func(p *pod) {
+		p.s.o.Standby = p.standby()
+		p.crash()
+	})
+	p.create("pod", nil, "sleep")
+	vms := p.driver.VMs()
+	if len(vms) != 2 {
+		t.Fatalf("%d VMs were started, want another one", len(vms))
+	}
+	if r := p.record("pod"); r.VM.Pid != vms[1].Pid() {
+		t.Errorf("the record names process %d, want %d", r.VM.Pid, vms[1].Pid())
+	}
+	p.cancel()
+	<-p.served
 }
