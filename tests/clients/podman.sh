@@ -1,198 +1,226 @@
 #!/bin/bash
-# Uses runtimes as Podman does, pods above all, and prints what works.
+# Uses runtimes as Podman does and prints, operation by operation, what works.
 #
-#   tests/clients/podman.sh [RUNTIME…]      default: runv, and crun or runc
+#   tests/clients/podman.sh [-p PEER] [PATTERN]
 #
-# RUNTIME is runv or the name of another command line. Without arguments runv is
-# compared with crun or, where crun does not run (it refuses a cgroup v2 tree with
-# controllers beside one of version 1), with runc. Only what fails with runv
-# counts as a failure.
-#
-# Storage and state are below a directory that is removed at the end; there is no
-# daemon and no registry. Environment: RUNV_BIN, RUNV_TEST_KERNEL,
-# RUNV_TEST_INITRD.
-set -uo pipefail
+# Arguments, environment and result are those of docker.sh. Storage, state and
+# networks are below a directory that is removed at the end, and network and mount
+# namespaces are of this run.
+set -u
 cd "$(dirname "$0")/../.."
-top=$PWD
-runv=${RUNV_BIN:-$top/bin/runv}
-kernel=${RUNV_TEST_KERNEL:-$top/.cache/guest/kernel}
-initrd=${RUNV_TEST_INITRD:-$top/.cache/guest/initrd.img}
-image=localhost/busybox:test
+. tests/clients/common.bash "$@"
+. tests/clients/engine.bash
 
-for program in podman conmon busybox script; do
-	command -v "$program" >/dev/null || { echo "$program is missing" >&2; exit 1; }
+# What a VM cannot have, and why: docs/clients.md says more.
+except 'run: --network host' "a VM has no part in the host's network: refused in words"
+except 'cp to a tmpfs' "it is memory of the guest: refused as a read-only file system"
+
+need podman conmon iptables
+isolate
+prepare podman
+
+gateway=172.31.77.1
+backend=cni
+for f in /usr/libexec/podman/netavark /usr/lib/podman/netavark; do
+	[ ! -x $f ] || backend=netavark
 done
-for f in "$runv" "$kernel" "$initrd"; do
-	[ -e "$f" ] || { echo "$f is missing (make guest)" >&2; exit 1; }
-done
-
-work=$(mktemp -d /tmp/runv-podman.XXXXXX)
-failed=0
-passed=0
-finish() {
-	p pod rm -af >/dev/null 2>&1
-	p rm -af -t 0 >/dev/null 2>&1
-	# Nothing of a test that was interrupted may stay.
-	local e
-	for e in /proc/[0-9]*; do
-		case $(readlink "$e/exe" 2>/dev/null) in "$work"/*) kill -9 "${e#/proc/}" 2>/dev/null ;; esac
-	done
-	awk -v w="$work/" 'index($2, w) == 1 {print $2}' /proc/mounts | sort -r | while read -r m; do umount -l "$m"; done
-	rm -rf "$work"
-}
-trap finish EXIT
-trap 'exit 130' INT TERM
-
-mkdir -p "$work/bin" "$work/tree"/{bin,etc,tmp,proc,sys,dev}
-cp "$runv" "$work/bin/runv.real"
-cat >"$work/runv.toml" <<END
-root = "$work/runv"
-kernel = "$kernel"
-initrd = "$initrd"
-END
-printf '#!/bin/sh\nexec %s --config %s "$@"\n' "$work/bin/runv.real" "$work/runv.toml" >"$work/bin/runv"
-chmod +x "$work/bin/runv"
 # The limits of files and processes that Podman asks for cannot be raised
 # everywhere.
-cat >"$work/containers.conf" <<'END'
+cat >"$work/containers.conf" <<END
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+
+[network]
+network_backend = "$backend"
+network_config_dir = "$work/networks"
+default_subnet = "172.31.77.0/24"
 END
 export CONTAINERS_CONF=$work/containers.conf
+# Names of network namespaces are of this mount namespace only.
+mkdir -p /run/netns
+mount -t tmpfs tmpfs /run/netns
 
-runtime=$work/bin/runv
-p() {
-	timeout 90 podman --root "$work/root" --runroot "$work/run" --tmpdir "$work/tmp" --cgroup-manager cgroupfs \
-		--events-backend file --storage-driver vfs --runtime "$runtime" "$@" 2>"$work/err"
+command_line() {
+	local path=$1
+	[ "$1" != runv ] || path=$work/bin/runv
+	client=(podman --root "$work/root" --runroot "$work/run" --tmpdir "$work/tmp" --cgroup-manager cgroupfs --events-backend file
+		--storage-driver vfs --runtime "$(command -v "$path")")
+}
+choose() { command_line "$1"; flags=(--cgroup-parent "$cgroup"); }
+D() { timeout 120 "${client[@]}" "$@" 2>"$work/err"; }
+foreign() { local was=$r; command_line runc; D run --cgroup-parent "$cgroup" "$@"; set -- $?; command_line "$was"; return "$1"; }
+stop_client() {
+	D pod rm -af -t 0
+	D rm -af -t 0
 }
 
-cp "$(command -v busybox)" "$work/tree/bin/busybox"
-for a in $(busybox --list); do [ "$a" = busybox ] || ln -s busybox "$work/tree/bin/$a"; done
-echo 'root:x:0:0:root:/root:/bin/sh' >"$work/tree/etc/passwd"
-tar -C "$work/tree" -c . | p import - "$image" >/dev/null || { cat "$work/err" >&2; exit 1; }
+choose runv
+add_fetch
+tar -C "$work/tree" -c . | D import -c 'CMD ["sh"]' -c 'ENV PATH=/bin' - localhost/busybox:test >/dev/null || { cat "$work/err" >&2; exit 1; }
+image=localhost/busybox:test
 
-run() { p run --rm --network none "$@"; }
-# forever runs until it is asked to end, and then exits with 9.
-forever='trap "exit 9" TERM; while :; do sleep 0.2; done'
-until_true() {
-	local end=$((SECONDS + $1))
-	shift
-	until "$@"; do
-		[ $SECONDS -lt $end ] || return 1
-		sleep 0.2
-	done
+t_host() { run --network host $image true; }
+t_conmon() {
+	bg --name "$r-c" --conmon-pidfile "$work/conmon-$r" $image sleep 1000 || return 1
+	[ "$(cat "/proc/$(cat "$work/conmon-$r")/comm")" = conmon ]
+	local ok=$?
+	D rm -f -t 0 "$r-c"
+	return $ok
 }
-is() { [ "$(p inspect -f '{{.State.Status}}' "$1")" = "$2" ]; }
-vms() {
-	local e
-	for e in /proc/[0-9]*; do
-		if tr '\0' ' ' <"$e/cmdline" 2>/dev/null | grep -q "^[^ ]*qemu.*$work/"; then echo "${e#/proc/}"; fi
-	done
+t_top_ps() { D top "$r-d" -ef >"$work/top"; D top "$r-d" -o pid,args >"$work/top" && grep -q started "$work/top"; }
+t_cp_volume() {
+	mkdir -p "$work/cpv-$r" "$work/cpr-$r" && bg --name "$r-v" -v "$work/cpv-$r:/v" -v "$work/cpr-$r:/r:ro" --tmpfs /t $image sleep 1000 || return 1
+	echo in >"$work/in" && D cp "$work/in" "$r-v:/v/in" && [ "$(cat "$work/cpv-$r/in")" = in ] && [ "$(D exec "$r-v" cat /v/in)" = in ] &&
+		! D cp "$work/in" "$r-v:/r/in" && [ ! -e "$work/cpr-$r/in" ]
 }
-one_vm() { [ "$(vms | wc -l)" = 1 ]; }
-nothing_left() { [ -z "$(vms)$(ls "$work/runv" 2>/dev/null)" ]; }
+t_cp_tmpfs() { D cp "$work/in" "$r-v:/t/in" && [ "$(D exec "$r-v" cat /t/in)" = in ]; }
+# A container cannot lead a copy to the host with links.
+t_cp_link() {
+	local secret=$work/secret-$r ok
+	echo host >"$secret"
+	D exec "$r-v" sh -c "ln -s $secret /out; ln -s ../../../../../../..$secret /up; ln -s /proc/1/root$secret /proc1; ln -s /proc/self/cwd/..$secret /cwd"
+	! D cp "$r-v:/out" "$work/got" && ! D cp "$r-v:/up" "$work/got" && ! D cp "$r-v:/proc1" "$work/got" && ! D cp "$r-v:/cwd" "$work/got"
+	D cp "$work/in" "$r-v:/out"
+	[ ! -e "$work/got" ] && [ "$(cat "$secret")" = host ]
+	ok=$?
+	D rm -f -t 0 "$r-v"
+	return $ok
+}
+# Without systemd's timers, somebody has to ask.
+t_health() {
+	bg --name "$r-h" --health-cmd 'test -e /tmp/well' --health-interval disable --health-retries 1 $image sh -c 'touch /tmp/well; sleep 1000' || return 1
+	D healthcheck run "$r-h" && D exec "$r-h" rm /tmp/well && ! D healthcheck run "$r-h"
+	local ok=$?
+	D rm -f -t 0 "$r-h"
+	return $ok
+}
+t_events() {
+	run --name "$r-ev" $image true
+	D events --stream=false --since 5m --filter "container=$r-ev" >"$work/events"
+	local name
+	for name in create start died remove; do grep -q "container $name" "$work/events" || return 1; done
+}
 
-# op NAME COMMAND…: one line of the table.
-op() {
-	local name=$1 out=ok
-	shift
-	if "$@" >"$work/out" 2>&1; then
-		[ "$r" = runv ] && passed=$((passed + 1))
-	else
-		out="FAIL  $(tail -1 "$work/err" | tr -d '\r' | cut -c1-100)"
-		[ "$r" = runv ] && failed=$((failed + 1))
-	fi
-	printf '%-8s %-36s %s\n' "$r" "$name" "$out"
+answers() { [ "$(D exec "$r-pb" sh -c 'sleep 1 | nc 127.0.0.1 8080')" = from-a ]; }
+t_pod_create() { D pod create --name "$r-pod" --infra-image $image --infra-command "/bin/sleep 1000" --cgroup-parent "$cgroup" -p "$(port):80"; }
+t_pod_run() {
+	D run -d --pod "$r-pod" --name "$r-pa" $image sh -c "$forever" && D run -d --pod "$r-pod" --name "$r-pb" $image sh -c "$forever" && is "$r-pa" running && is "$r-pb" running &&
+		{ [ "$r" != runv ] || [ "$(vms | wc -l)" = 1 ]; }
 }
-
-t_output() { [ "$(run $image echo hi)" = hi ]; }
-t_exit() { run $image sh -c 'exit 7'; [ $? = 7 ]; }
-t_stdin() { [ "$(echo through | run -i $image cat)" = through ]; }
-t_tty() { CMD="podman --root $work/root --runroot $work/run --tmpdir $work/tmp --cgroup-manager cgroupfs --events-backend file --storage-driver vfs --runtime $runtime" && script -qec "$CMD run --rm -t --network none $image tty" /dev/null </dev/null | grep -q /dev/; }
-t_user() { [ "$(run --user 1000:1000 $image id -u)" = 1000 ]; }
-t_readonly() { ! run --read-only $image touch /x; }
-t_volume() {
-	mkdir -p "$work/vol" && echo from-host >"$work/vol/a"
-	[ "$(run -v "$work/vol:/v" $image sh -c 'cat /v/a; echo from-guest >/v/b')" = from-host ] && [ "$(cat "$work/vol/b")" = from-guest ]
-}
-t_detach() { p run -d --network none --name d1 $image sh -c "echo started; $forever" && is d1 running; }
-t_exec() { [ "$(p exec d1 echo inside)" = inside ]; }
-t_exec_exit() { p exec d1 sh -c 'exit 3'; [ $? = 3 ]; }
-t_logs() { [ "$(p logs d1)" = started ]; }
-t_pause() { p pause d1 && is d1 paused && p unpause d1 && is d1 running && t_exec; }
-t_stop() { p stop -t 10 d1 && is d1 exited && [ "$(p inspect -f '{{.State.ExitCode}}' d1)" = 9 ]; }
-t_again() { p start d1 && t_exec; }
-t_joined() { [ "$(p run --rm --network container:d1 --ipc container:d1 $image hostname)" != "" ]; }
-t_rm() { p rm -f -t 1 d1 && ! p inspect d1; }
-
-t_pod_create() { p pod create --name pod1 --infra-image $image --infra-command "/bin/sleep 1000" --network none; }
-t_pod_run() { p run -d --pod pod1 --name a $image sh -c "$forever" && p run -d --pod pod1 --name b $image sh -c "$forever" && is a running && is b running; }
 t_pod_network() {
-	p exec -d a sh -c 'while nc -l -p 8080 -e echo from-a; do :; done'
+	D exec -d "$r-pa" sh -c 'while nc -l -p 8080 -e echo from-a; do :; done'
 	until_true 20 answers
 }
-answers() { [ "$(p exec b sh -c 'sleep 1 | nc 127.0.0.1 8080')" = from-a ]; }
-t_pod_shm() { p exec a sh -c 'echo shared >/dev/shm/x' && [ "$(p exec b cat /dev/shm/x)" = shared ]; }
-t_pod_ipc() { [ "$(p exec a readlink /proc/self/ns/ipc)" = "$(p exec b readlink /proc/self/ns/ipc)" ]; }
-t_pod_uts() { [ "$(p exec a hostname)" = pod1 ]; }
-t_pod_pid() { [ "$(p run --rm --pod pod1 --pid pod $image sh -c 'tr "\0" " " </proc/1/cmdline')" = "/bin/sleep 1000 " ]; }
-t_pod_restart() { p restart -t 10 a && t_pod_shm; }
-t_pod_member() { p kill -s KILL b && until_true 20 is b exited && is a running && p rm b; }
-t_pod_stop() { p pod stop -t 3 pod1 && until_true 20 is a exited; }
-t_pod_start() { p pod start pod1 && until_true 20 is a running && [ "$(p exec a hostname)" = pod1 ]; }
-t_pod_rm() { p pod rm -f -t 1 pod1 && ! p inspect a; }
+t_pod_shm() { D exec "$r-pa" sh -c 'echo shared >/dev/shm/x' && [ "$(D exec "$r-pb" cat /dev/shm/x)" = shared ]; }
+t_pod_ipc() { [ "$(D exec "$r-pa" readlink /proc/self/ns/ipc)" = "$(D exec "$r-pb" readlink /proc/self/ns/ipc)" ]; }
+t_pod_uts() { [ "$(D exec "$r-pa" hostname)" = "$r-pod" ]; }
+t_pod_pid() { [ "$(D run --rm --pod "$r-pod" --pid pod $image sh -c 'tr "\0" " " </proc/1/cmdline')" = "/bin/sleep 1000 " ]; }
+t_pod_restart() { D restart -t 10 "$r-pa" && t_pod_shm; }
+t_pod_member() { D kill -s KILL "$r-pb" && until_true 20 is "$r-pb" exited && is "$r-pa" running && D rm "$r-pb"; }
+t_pod_port() { D exec -d "$r-pa" sh -c "$web" && until_true 20 host_sees "$gateway:$(port)/name" "$r-pod"; }
+t_pod_stats() { sees '[1-9][0-9.]*[kM]B' pod stats --no-stream "$r-pod" && D pod top "$r-pod" >"$work/top" && [ "$(wc -l <"$work/top")" -gt 1 ] && ! grep -q "$work/" "$work/top"; }
+t_pod_stop() { D pod stop -t 3 "$r-pod" && until_true 20 is "$r-pa" exited; }
+t_pod_start() { D pod start "$r-pod" && until_true 20 is "$r-pa" running && [ "$(D exec "$r-pa" hostname)" = "$r-pod" ]; }
+t_pod_rm() { D pod rm -f -t 1 "$r-pod" && ! D inspect "$r-pa"; }
 
-all() {
-	op 'run: output' t_output
-	op 'run: exit code' t_exit
-	op 'run: stdin' t_stdin
-	op 'run: terminal' t_tty
-	op 'run: user' t_user
-	op 'run: read-only root' t_readonly
-	op 'run: volume' t_volume
-	op 'run detached' t_detach
-	op 'exec: output' t_exec
-	op 'exec: exit code' t_exec_exit
-	op 'logs' t_logs
-	op 'pause, unpause' t_pause
-	op 'run in the network and ipc of another' t_joined
-	op 'stop' t_stop
-	op 'start again' t_again
-	op 'rm' t_rm
-	op 'pod create' t_pod_create
-	op 'pod: two containers' t_pod_run
-	[ "$r" = runv ] && op 'pod: one VM' one_vm
-	op 'pod: 127.0.0.1' t_pod_network
-	op 'pod: /dev/shm' t_pod_shm
-	op 'pod: ipc' t_pod_ipc
-	op 'pod: hostname' t_pod_uts
-	op 'pod: pid namespace' t_pod_pid
-	op 'pod: restart of a container' t_pod_restart
-	op 'pod: container killed and removed' t_pod_member
-	op 'pod stop' t_pod_stop
-	op 'pod start' t_pod_start
-	op 'pod rm' t_pod_rm
-	[ "$r" = runv ] && op 'nothing is left' until_true 10 nothing_left
-}
-
-if [ $# = 0 ]; then
-	set -- runv
-	for other in crun runc; do
-		runtime=$(command -v $other) || continue
-		if t_output; then
-			set -- runv $other
-			break
-		fi
-		echo "$other does not run here: $(tail -1 "$work/err")" >&2
-	done
-fi
-printf '%-8s %-36s %s\n' runtime operation result
-for r; do
-	case $r in
-	runv) runtime=$work/bin/runv ;;
-	*) runtime=$(command -v "$r") || { echo "$r is missing" >&2; exit 1; } ;;
-	esac
-	all
-done
-echo "with runv: $passed passed, $failed failed"
-[ $failed = 0 ]
+table \
+	'run: output' t_output \
+	'run: exit code' t_exit \
+	'run: stdin' t_stdin \
+	'run: stdout and stderr apart' t_stderr \
+	'run: terminal and its size' t_tty \
+	'run: program that is missing' t_missing \
+	'run: program that is not executable' t_notexec \
+	'run: environment, directory, hostname' t_env \
+	'run: --user, --group-add' t_user \
+	'run: --read-only' t_readonly \
+	'run: --tmpfs' t_tmpfs \
+	'run: -v directory' t_volume \
+	'run: -v file' t_volume_file \
+	'run: -v read-only' t_volume_ro \
+	'run: -v volume with a name' t_volume_named \
+	'run: --memory' t_memory \
+	'run: out of memory' t_oom \
+	'run: --cpus' t_cpus \
+	'run: --pids-limit' t_pids \
+	'run: --ulimit' t_ulimit \
+	'run: --cap-drop, --cap-add' t_caps \
+	'run: seccomp' t_seccomp \
+	'run: no-new-privileges' t_nnp \
+	'run: --privileged' t_privileged \
+	'run: --sysctl' t_sysctl \
+	'run: --shm-size' t_shm \
+	'run: --add-host, --dns' t_names \
+	'run: --init' t_init \
+	'run: 16 MiB of output' t_bulk \
+	'run: --network none' t_none \
+	'run: --network host' t_host \
+	'run -d' t_detach \
+	'--conmon-pidfile' t_conmon \
+	'pid is a process of the host' t_pid \
+	'ps' t_ps \
+	'logs' t_logs \
+	'exec: output' t_exec \
+	'exec: exit code' t_exec_exit \
+	'exec: stdin' t_exec_stdin \
+	'exec: user, directory, environment' t_exec_user \
+	'exec: terminal and its size' t_exec_tty \
+	'exec -d' t_exec_detach \
+	'exec: program that is missing' t_exec_missing \
+	'top' t_top \
+	'top -ef' t_top_ps \
+	'stats' t_stats \
+	'stats: network' t_stats_net \
+	'cp into a running container' t_cp_in \
+	'cp out of a running container' t_cp_out \
+	'cp again to the same file' t_cp_again \
+	'cp to a volume' t_cp_volume \
+	'cp to a tmpfs' t_cp_tmpfs \
+	'cp through links' t_cp_link \
+	'diff' t_diff \
+	'export' t_export \
+	'commit' t_commit \
+	'pause, unpause' t_pause \
+	'update' t_update \
+	'kill -s' t_signal \
+	'rename' t_rename \
+	'stop' t_stop \
+	'start' t_start \
+	'restart' t_restart \
+	'kill' t_kill \
+	'cp to and from a stopped container' t_cp_stopped \
+	'rm -f' t_rm \
+	'wait' t_wait \
+	'attach' t_attach \
+	'restart policy' t_policy \
+	'healthcheck' t_health \
+	'events' t_events \
+	'-p: port from the host' t_port \
+	'from container to container' t_address \
+	'through the published port' t_gateway \
+	'--network container:ID' t_network_of \
+	'network connect, while it runs' t_connect \
+	'network disconnect' t_disconnect \
+	'port is closed again' t_port_gone \
+	'network: names' t_named \
+	'network: names, the other way' t_named_back \
+	'network: name that is not there' t_named_unknown \
+	'network: from runc by name' t_runc_to \
+	'network: to runc by name' t_runc_from \
+	'network: rm' t_named_rm \
+	'network: IPv6' t_ipv6 \
+	'pod create' t_pod_create \
+	'pod: two containers' t_pod_run \
+	'pod: 127.0.0.1' t_pod_network \
+	'pod: /dev/shm' t_pod_shm \
+	'pod: ipc namespace' t_pod_ipc \
+	'pod: hostname' t_pod_uts \
+	'pod: pid namespace' t_pod_pid \
+	'pod: restart of a container' t_pod_restart \
+	'pod: container killed and removed' t_pod_member \
+	'pod: port from the host' t_pod_port \
+	'pod: top, stats' t_pod_stats \
+	'pod stop' t_pod_stop \
+	'pod start' t_pod_start \
+	'pod rm' t_pod_rm \
+	'nothing is left' t_left

@@ -1,0 +1,185 @@
+# Common to the scripts of clients that compare runv with a peer; sourced by them
+# in the repository's top directory, with their arguments.
+#
+# A script calls need, isolate and prepare, starts its daemon, and calls table.
+# It defines stop_client, which removes its containers and ends its daemon, and
+# choose, which is told the runtime of the next operation.
+
+client_args=("$@")
+top=$PWD
+peer=
+pattern=.
+while getopts p: o; do
+	case $o in
+	p) peer=$OPTARG ;;
+	*) exit 2 ;;
+	esac
+done
+shift $((OPTIND - 1))
+[ $# = 0 ] || pattern=$1
+
+declare -A exceptions
+# except OPERATION REASON: it may fail with runv though it works with the peer.
+except() { exceptions[$1]=$2; }
+
+# need PROGRAM…
+need() {
+	local p
+	for p in "$@" busybox script; do
+		command -v "$p" >/dev/null || { echo "$p is missing" >&2; exit 1; }
+	done
+}
+
+# isolate goes on in network and mount namespaces that belong to this run.
+isolate() {
+	if [ "${CLIENTS_NAMESPACES:-}" != "$PPID" ]; then
+		CLIENTS_NAMESPACES=$$ unshare --net --mount --propagation private bash "$0" "${client_args[@]}"
+		exit
+	fi
+	ip link set lo up
+	# crun 1.8 refuses hosts whose cgroups are of both versions: here they are of
+	# version 1 alone, where the host has them.
+	if grep -q ' /sys/fs/cgroup tmpfs ' /proc/mounts; then
+		awk '$3 == "cgroup2" && $2 ~ "^/sys/fs/cgroup/" {print $2}' /proc/mounts | while read -r m; do
+			umount "$m"
+			# crun leaves directories where it takes one to be.
+			mount -t tmpfs tmpfs "$m"
+		done
+	fi
+}
+
+# prepare NAME makes the directory of this run, $work, in it the runtime
+# $work/bin/runv and the tree of an image, $work/tree.
+prepare() {
+	local runv=${RUNV_BIN:-$top/bin/runv} kernel=${RUNV_TEST_KERNEL:-$top/.cache/guest/kernel} initrd=${RUNV_TEST_INITRD:-$top/.cache/guest/initrd.img} f
+	for f in "$runv" "$kernel" "$initrd"; do
+		[ -e "$f" ] || { echo "$f is missing (make guest)" >&2; exit 1; }
+	done
+	work=$(mktemp -d "/tmp/runv-$1.XXXXXX")
+	cgroup=/$(basename "$work")
+	trap finish EXIT
+	trap 'exit 130' INT TERM
+	# A path of this run alone, so that what it left can be told from what others
+	# run.
+	mkdir -p "$work/bin" "$work/tree"/{bin,etc,tmp,proc,sys,dev,root}
+	cp "$runv" "$work/bin/runv.real"
+	cat >"$work/runv.toml" <<END
+root = "$work/runv"
+kernel = "$kernel"
+initrd = "$initrd"
+factory-dir = "off"
+END
+	# Clients call a runtime by a path alone.
+	printf '#!/bin/sh\nexec %s --config %s "$@"\n' "$work/bin/runv.real" "$work/runv.toml" >"$work/bin/runv"
+	chmod +x "$work/bin/runv"
+	if [ "${RUNV_TEST_TEMPLATE:-}" != off ]; then
+		"$work/bin/runv" manage create-template --template "$work/template" --cpu 1 --mem 512 >"$work/template.log" 2>&1 ||
+			{ cat "$work/template.log" >&2; exit 1; }
+		echo "template = \"$work/template\"" >>"$work/runv.toml"
+	fi
+	cp "$(command -v busybox)" "$work/tree/bin/busybox"
+	for f in $(busybox --list); do [ "$f" = busybox ] || ln -s busybox "$work/tree/bin/$f"; done
+	echo 'root:x:0:0:root:/root:/bin/sh' >"$work/tree/etc/passwd"
+}
+
+# mine lists the processes of this run: those that have its directory in their
+# command lines.
+mine() {
+	local e p
+	for e in /proc/[0-9]*/cmdline; do
+		p=${e%/cmdline} p=${p#/proc/}
+		[ "$p" = $$ ] || [ "$p" = "$BASHPID" ] || { tr '\0' ' ' <"$e" | grep -qF "$work/" && echo "$p"; } 2>/dev/null
+	done
+}
+vms() {
+	local p
+	for p in $(mine); do
+		case $(readlink "/proc/$p/exe") in *qemu*) echo "$p" ;; esac
+	done
+}
+# nothing_left tells what is.
+nothing_left() {
+	local left
+	left=$(vms | sed 's/^/process /'; ls "$work/runv" 2>/dev/null; find /sys/fs/cgroup \( -fstype cgroup -o -fstype cgroup2 \) -type d -path "*$cgroup/*" 2>/dev/null)
+	[ -z "$left" ] || { echo "left:" $left >"$work/err"; return 1; }
+}
+
+finish() {
+	trap - EXIT
+	stop_client >/dev/null 2>&1
+	[ ! -e "$work/template" ] || "$work/bin/runv" manage remove-template --template "$work/template" >/dev/null 2>&1
+	# Nothing of a test that was interrupted may stay.
+	local p m
+	for p in $(mine); do kill -9 "$p" 2>/dev/null; done
+	awk -v w="$work/" 'index($2, w) == 1 {print $2}' /proc/mounts | sort -r | while read -r m; do umount -l "$m"; done
+	for p in $(seq 20); do
+		rm -rf "$work" 2>/dev/null && break
+		sleep 0.2
+	done
+	find /sys/fs/cgroup -depth -type d -path "*$cgroup*" -exec rmdir {} \; 2>/dev/null
+	exit "${status:-1}"
+}
+
+# until_true SECONDS COMMAND…
+until_true() {
+	local end=$((SECONDS + $1))
+	shift
+	until "$@"; do
+		[ $SECONDS -lt $end ] || return 1
+		sleep 0.2
+	done
+}
+
+# try RUNTIME FUNCTION sets result and why.
+try() {
+	r=$1
+	choose "$r"
+	: >"$work/err"
+	if "$2" >"$work/out" 2>&1; then
+		result=ok why=
+	else
+		result=FAIL why=$(tail -qn 1 "$work/err" "$work/out" | tr -cd '[:print:]\n' | tr '\n' ' ' | cut -c1-160)
+	fi
+}
+
+# table OPERATION FUNCTION …: runs each with runv and with the peer, prints a line
+# for it, and ends with the sums.
+table() {
+	local name f mine other note passed=0 failed=0 excepted=0
+	if [ -z "$peer" ]; then
+		for peer in crun runc none; do
+			[ $peer != none ] && command -v $peer >/dev/null || continue
+			try $peer t_output
+			[ $result = FAIL ] || break
+			echo "$peer does not run here: $why" >&2
+		done
+	fi
+	status=1
+	printf '%-40s %-6s %-6s %s\n' operation runv "${peer/none/-}" remark
+	while [ $# -gt 0 ]; do
+		name=$1 f=$2
+		shift 2
+		[[ $name =~ $pattern ]] || continue
+		try runv "$f"
+		mine=$result note=$why other=-
+		if [ "$peer" != none ]; then
+			try "$peer" "$f"
+			other=$result
+		fi
+		case $mine/$other in
+		ok/*) passed=$((passed + 1)) note= ;;
+		FAIL/FAIL) excepted=$((excepted + 1)) note="neither: $note" ;;
+		*)
+			if [ -n "${exceptions[$name]:-}" ]; then
+				excepted=$((excepted + 1)) note="exception: ${exceptions[$name]}" mine=no
+			else
+				failed=$((failed + 1))
+			fi
+			;;
+		esac
+		printf '%-40s %-6s %-6s %s\n' "$name" "$mine" "$other" "$note"
+	done
+	echo "with runv: $passed work, $excepted cannot, $failed fail"
+	[ $failed != 0 ] || status=0
+	exit $status
+}
