@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -100,6 +101,7 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 		SystemdCgroup: o.SystemdCgroup,
 		NoPivot:       o.NoPivot,
 		HostDevice:    hostDevice,
+		BlockDevice:   blockDevice,
 		Warn:          o.Warn,
 	})
 	if err != nil {
@@ -153,6 +155,31 @@ func hostDevice(path, typ string, major, minor int64) bool {
 		want = unix.S_IFBLK
 	}
 	return st.Mode&unix.S_IFMT == want && st.Rdev == unix.Mkdev(uint32(major), uint32(minor))
+}
+
+// blockDevice finds the node of a block device of this host that has a medium.
+func blockDevice(major, minor int64) string {
+	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", major, minor)
+	size, err := os.ReadFile(dir + "size")
+	if err != nil || strings.TrimSpace(string(size)) == "0" {
+		return ""
+	}
+	text, err := os.ReadFile(dir + "uevent")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(text)) {
+		name, ok := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME=")
+		if !ok {
+			continue
+		}
+		var st unix.Stat_t
+		node := "/dev/" + name
+		if err := unix.Stat(node, &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == unix.Mkdev(uint32(major), uint32(minor)) {
+			return node
+		}
+	}
+	return ""
 }
 
 // hostMemoryMiB is how much memory this host has.

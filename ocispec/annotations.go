@@ -2,6 +2,7 @@ package ocispec
 
 import (
 	"fmt"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -24,6 +25,16 @@ const (
 	AnnotationNetwork = AnnotationPrefix + "network"
 )
 
+// The annotations of runv that are about the container that has them.
+const (
+	// AnnotationRootfsType says that root.path is an image file or a block device
+	// with a file system of this type: ext4, erofs or squashfs.
+	AnnotationRootfsType = AnnotationPrefix + "rootfs-type"
+	// AnnotationOverlay, "guest", lets what the container writes to its root file
+	// system go to memory of the guest.
+	AnnotationOverlay = AnnotationPrefix + "overlay"
+)
+
 // minMemoryMiB is the least that a driver accepts, hypervisor.Config.MemoryMiB.
 const minMemoryMiB = 64
 
@@ -43,7 +54,7 @@ type vmRequest struct {
 // that a misspelt one does not pass for one that is obeyed.
 func parseAnnotations(annotations map[string]string) (vmRequest, error) {
 	var req vmRequest
-	keys := make([]string, 0, 3)
+	keys := make([]string, 0, 5)
 	for key := range annotations {
 		if strings.HasPrefix(key, AnnotationPrefix) {
 			keys = append(keys, key)
@@ -70,9 +81,34 @@ func parseAnnotations(annotations map[string]string) (vmRequest, error) {
 				return req, fmt.Errorf("annotations[%q]: is %q, want %q, %q or %q", key, clip(v), NetworkNamespace, NetworkNone, NetworkUser)
 			}
 			req.network = v
+		case AnnotationRootfsType, AnnotationOverlay: // parseStorage
 		default:
-			return req, fmt.Errorf("annotations[%q]: is not one of runv's, want %s, %s or %s", clip(key), AnnotationVCPUs, AnnotationMemory, AnnotationNetwork)
+			return req, fmt.Errorf("annotations[%q]: is not one of runv's, want %s, %s, %s, %s or %s", clip(key),
+				AnnotationVCPUs, AnnotationMemory, AnnotationNetwork, AnnotationRootfsType, AnnotationOverlay)
 		}
+	}
+	return req, nil
+}
+
+// storageRequest is what annotations ask of a container's root file system.
+type storageRequest struct {
+	rootfsType string
+	overlay    bool
+}
+
+func parseStorage(annotations map[string]string) (storageRequest, error) {
+	var req storageRequest
+	if v, ok := annotations[AnnotationRootfsType]; ok {
+		if !slices.Contains(diskFileSystems, v) {
+			return req, fmt.Errorf("annotations[%q]: is %q, want the file system of an image at root.path, one of %s", AnnotationRootfsType, clip(v), strings.Join(diskFileSystems, ", "))
+		}
+		req.rootfsType = v
+	}
+	if v, ok := annotations[AnnotationOverlay]; ok {
+		if v != "guest" {
+			return req, fmt.Errorf("annotations[%q]: is %q, want \"guest\"", AnnotationOverlay, clip(v))
+		}
+		req.overlay = true
 	}
 	return req, nil
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -265,8 +266,8 @@ func checkMount(m *specs.Mount, field string) error {
 
 // translateMount gives the guest's mount, and the host's part of it if the
 // source is there (nil otherwise). sharePath is the directory of the share that
-// would show it.
-func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agentv1.Mount, *supervisorv1.HostMount, error) {
+// would show it. A file system on a disk is added to disks.
+func translateMount(m *specs.Mount, field, sharePath string, disks *disks, o *Options) (*agentv1.Mount, *supervisorv1.HostMount, error) {
 	opts := parseMountOptions(m.Options)
 	if opts.idmap > 0 {
 		return nil, nil, fmt.Errorf("%s.options[%d]: id-mapped mounts are not supported: the file share between host and VM cannot map ids", field, opts.idmap-1)
@@ -291,6 +292,10 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 		Propagation:  opts.propagation,
 	}
 
+	if !opts.bind && slices.Contains(diskFileSystems, m.Type) {
+		out, err := disks.mount(m, field, o)
+		return out, nil, err
+	}
 	if !opts.bind {
 		switch {
 		case opts.remount > 0:
@@ -298,7 +303,7 @@ func translateMount(m *specs.Mount, field, sharePath string, o *Options) (*agent
 		case m.Type == "":
 			return nil, nil, fmt.Errorf("%s.type: is missing, want a file system type, or \"bind\" among the options", field)
 		case !guestFileSystem(m.Type):
-			return nil, nil, fmt.Errorf("%s.type: %q would need a device or a directory of the host below it, want a bind mount, tmpfs, proc, sysfs, devpts, mqueue or cgroup", field, m.Type)
+			return nil, nil, fmt.Errorf("%s.type: %q would need a device or a directory of the host below it, want a bind mount, tmpfs, proc, sysfs, devpts, mqueue, cgroup, or %s on a block device or image", field, m.Type, strings.Join(diskFileSystems, ", "))
 		case opts.copyUp && m.Type != "tmpfs":
 			return nil, nil, fmt.Errorf("%s.options: tmpcopyup is for a tmpfs, and this is %q", field, m.Type)
 		}

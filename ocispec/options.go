@@ -46,6 +46,10 @@ type Options struct {
 	// HostDevice tells whether a listed device denotes hardware of the host,
 	// which no VM can reach. Nil: none does.
 	HostDevice func(path, typ string, major, minor int64) bool
+	// BlockDevice finds the node of a block device of the host that has a medium,
+	// by its numbers: it becomes a disk of the VM. Nil, or an empty answer: there
+	// is none.
+	BlockDevice func(major, minor int64) (path string)
 	// Namespace finds the container of the same pod that a namespace path
 	// belongs to. Nil, or an empty answer: the path is not one of the pod. The
 	// container's own id: the path is a namespace that was made on the host for

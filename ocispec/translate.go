@@ -99,19 +99,31 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		c.Hostname, c.Domainname = "", ""
 	}
 
-	// The root file system stays writable on the host's side even if the
-	// container's view of it is not: mount points that it lacks are made in it
-	// while the container is built, as every runtime does.
-	req.Mounts = append(req.Mounts, &supervisorv1.HostMount{
-		Source:    o.absolute(spec.Root.Path),
-		SharePath: c.Rootfs.SharePath,
-		Recursive: true,
-		Field:     "root.path",
-	})
+	storage, err := parseStorage(spec.Annotations)
+	if err != nil {
+		return nil, err
+	}
+	c.Rootfs.Overlay = storage.overlay
+	disks := &disks{id: o.ID}
+	if storage.rootfsType != "" {
+		disks.rootfs(c.Rootfs, o.absolute(spec.Root.Path), storage.rootfsType)
+	} else {
+		// The root file system stays writable on the host's side even if the
+		// container's view of it is not: mount points that it lacks are made in it
+		// while the container is built, as every runtime does. An overlay has them
+		// in the guest.
+		req.Mounts = append(req.Mounts, &supervisorv1.HostMount{
+			Source:    o.absolute(spec.Root.Path),
+			SharePath: c.Rootfs.SharePath,
+			Recursive: true,
+			ReadOnly:  storage.overlay,
+			Field:     "root.path",
+		})
+	}
 	resolvConf := false
 	for i := range spec.Mounts {
 		sharePath := o.ID + "/mounts/" + strconv.Itoa(i)
-		m, host, err := translateMount(&spec.Mounts[i], indexed("mounts", i), sharePath, &o)
+		m, host, err := translateMount(&spec.Mounts[i], indexed("mounts", i), sharePath, disks, &o)
 		if err != nil {
 			return nil, err
 		}
@@ -157,9 +169,10 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 		}
 		c.Sysctl[sysctlFile(key)] = v
 	}
-	if err := translateDevices(linux, c, &o); err != nil {
+	if err := translateDevices(linux, c, disks, &o); err != nil {
 		return nil, err
 	}
+	req.Disks, c.Disks = disks.host, disks.guest
 	vcpus := max(vm.Vcpus, 1)
 	if c.Resources, err = translateResources(linux.Resources, vcpus, &o); err != nil {
 		return nil, err
@@ -404,12 +417,24 @@ func translateIDMappings(list []specs.LinuxIDMapping) []*agentv1.IDMapping {
 
 // translateDevices passes device nodes on, whatever their numbers: in a VM a
 // node can reach nothing but the VM. One that stands for hardware of the host
-// would be a promise that cannot be kept.
-func translateDevices(linux *specs.Linux, c *agentv1.CreateContainerRequest, o *Options) error {
+// would be a promise that cannot be kept, but for a block device, which can be a
+// disk of the VM. A container that is allowed everything has everything of its
+// VM, and nothing of the host.
+func translateDevices(linux *specs.Linux, c *agentv1.CreateContainerRequest, disks *disks, o *Options) error {
 	all := privileged(linux.Resources)
+	var rules []specs.LinuxDeviceCgroup
+	if linux.Resources != nil {
+		rules = linux.Resources.Devices
+	}
 	for i := range linux.Devices {
 		d := &linux.Devices[i]
-		if o.HostDevice != nil && d.Type != "p" && o.HostDevice(d.Path, d.Type, d.Major, d.Minor) {
+		disk := false
+		if d.Type == "b" && !all && o.BlockDevice != nil {
+			if source := o.BlockDevice(d.Major, d.Minor); source != "" {
+				disk = disks.device(d, rules, source, fmt.Sprintf("linux.devices[%d]: %q (%s %d:%d)", i, clip(d.Path), d.Type, d.Major, d.Minor))
+			}
+		}
+		if !disk && o.HostDevice != nil && d.Type != "p" && o.HostDevice(d.Path, d.Type, d.Major, d.Minor) {
 			line := fmt.Sprintf("linux.devices[%d]: %q (%s %d:%d) is a device of the host, which a VM does not have", i, clip(d.Path), d.Type, d.Major, d.Minor)
 			if !all {
 				return errors.New(line)

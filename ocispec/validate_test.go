@@ -83,7 +83,7 @@ func TestBadInput(t *testing.T) {
 
 		{"mount destination", func(s *specs.Spec, _ *Options) { s.Mounts[1].Destination = "" }, `mounts[1].destination: is missing, want an absolute path in the container`},
 		{"mount type", func(s *specs.Spec, _ *Options) { s.Mounts[1].Type = "" }, `mounts[1].type: is missing, want a file system type, or "bind" among the options`},
-		{"mount type of the host", func(s *specs.Spec, _ *Options) { s.Mounts[1].Type = "ext4" }, `mounts[1].type: "ext4" would need a device or a directory of the host below it, want a bind mount, tmpfs, proc, sysfs, devpts, mqueue or cgroup`},
+		{"mount type of the host", func(s *specs.Spec, _ *Options) { s.Mounts[1].Type = "nfs" }, `mounts[1].type: "nfs" would need a device or a directory of the host below it, want a bind mount, tmpfs, proc, sysfs, devpts, mqueue, cgroup, or ext4, erofs, squashfs on a block device or image`},
 		{"bind without source", func(s *specs.Spec, _ *Options) {
 			s.Mounts[1] = specs.Mount{Destination: "/x", Type: "bind"}
 		}, `mounts[1].source: is missing, want the file or directory to bind`},
@@ -107,7 +107,7 @@ func TestBadInput(t *testing.T) {
 		}, `hooks.createContainer[0].env[0]: is "x", want NAME=value`},
 
 		{"annotation key", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"": "x"} }, `annotations: a key is empty, want a name`},
-		{"annotation unknown", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.kernel_params": "x"} }, `annotations["io.runv.kernel_params"]: is not one of runv's, want io.runv.vcpus, io.runv.memory or io.runv.network`},
+		{"annotation unknown", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.kernel_params": "x"} }, `annotations["io.runv.kernel_params"]: is not one of runv's, want io.runv.vcpus, io.runv.memory, io.runv.network, io.runv.rootfs-type or io.runv.overlay`},
 		{"annotation vcpus", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.vcpus": "0"} }, `annotations["io.runv.vcpus"]: is "0", want a number of processors, 1 to 1024`},
 		{"annotation memory", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.memory": "63"} }, `annotations["io.runv.memory"]: is "63", want MiB, or a number with MiB or GiB, of at least 64 MiB`},
 		{"annotation network", func(s *specs.Spec, _ *Options) { s.Annotations = map[string]string{"io.runv.network": "host"} }, `annotations["io.runv.network"]: is "host", want "namespace", "none" or "user"`},

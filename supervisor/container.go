@@ -44,6 +44,8 @@ type container struct {
 	op chan struct{}
 	// unshare takes the container's mounts away; set by create.
 	unshare func()
+	// detach takes the container's disks away; set by create.
+	detach func()
 
 	// Guarded by Supervisor.mu.
 	state  lifecycle
@@ -63,6 +65,11 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 	if len(req.Mounts) > 0 {
 		rootfs = req.Mounts[0].Source
 	}
+	for _, d := range req.Disks {
+		if d.Field == "root.path" {
+			rootfs = d.Source
+		}
+	}
 	c := &container{
 		id:        req.Id,
 		poststart: hostHooks(req.Hooks.GetPoststart()),
@@ -70,6 +77,7 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		op:        make(chan struct{}, 1),
 		mounts:    req.Mounts,
 		unshare:   func() {},
+		detach:    func() {},
 		busy:      make(chan struct{}),
 	}
 	c.record = state.Record{
@@ -273,6 +281,11 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
+	disks, err := openDisks(s.o.HostMounts, req.Disks)
+	if err != nil {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	defer closeDisks(disks)
 
 	end()
 
@@ -349,6 +362,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 	}
 	prepared := time.Now()
+	u.add(func() { c.detach() }) // when the guest has let go of them
 	if first {
 		if m.warning != "" {
 			warn(m.warning)
@@ -363,10 +377,17 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		})
 	} else {
 		s.mu.Lock()
-		m = &machine{client: s.machine.client}
+		m = &machine{vm: s.machine.vm, client: s.machine.client}
 		c.record.VM = s.machine.process // written with the status
 		s.mu.Unlock()
 		u.add(func() { s.destroyInGuest(c) })
+	}
+
+	if c.detach, err = attachDisks(ctx, m.vm, disks); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return status.Error(codes.FailedPrecondition, err.Error())
 	}
 
 	if len(req.Container.Hooks.GetCreateContainer()) > 0 {
@@ -760,6 +781,7 @@ func (s *Supervisor) remove(ctx context.Context, c *container) error {
 		p.endStandIn()
 	}
 	c.cgroup.remove()
+	c.detach()
 	c.unshare()
 	s.mu.Lock()
 	delete(s.containers, c.id)

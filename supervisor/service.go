@@ -95,6 +95,11 @@ func (s *Supervisor) checkCreate(req *supervisorv1.CreateRequest) error {
 			return invalid("mounts[%d].%v", i, err)
 		}
 	}
+	for i, d := range req.Disks {
+		if d.Source == "" || d.Source[0] != '/' {
+			return invalid("disks[%d].source is %q, want an absolute path", i, d.Source)
+		}
+	}
 	return nil
 }
 

@@ -19,6 +19,10 @@ const (
 	// ShareTag is the mount tag of the pod's shared directory.
 	ShareTag = "runv"
 
+	// DiskTag is the tag of a share that the guest makes itself: disks, by their
+	// serial numbers.
+	DiskTag = "disks"
+
 	// ShareDir is where the agent mounts a share, followed by its tag.
 	ShareDir = "/run/runv/share"
 
