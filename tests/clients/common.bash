@@ -97,10 +97,10 @@ vms() {
 		case $(readlink "/proc/$p/exe") in *qemu*) echo "$p" ;; esac
 	done
 }
-# nothing_left tells what is.
+# nothing_left tells what is. Containers of a runtime are in the cgroup $cgroup/$r.
 nothing_left() {
 	local left
-	left=$(vms | sed 's/^/process /'; ls "$work/runv" 2>/dev/null; find /sys/fs/cgroup \( -fstype cgroup -o -fstype cgroup2 \) -type d -path "*$cgroup/*" 2>/dev/null)
+	left=$(vms | sed 's/^/process /'; ls "$work/runv" 2>/dev/null; find /sys/fs/cgroup \( -fstype cgroup -o -fstype cgroup2 \) -type d -path "*$cgroup/$r/*" 2>/dev/null)
 	[ -z "$left" ] || { echo "left:" $left >"$work/err"; return 1; }
 }
 

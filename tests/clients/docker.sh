@@ -50,7 +50,7 @@ until_true 60 test -S "$work/containerd/sock" || { tail -5 "$work/containerd/log
 
 start_daemon() {
 	dockerd --config-file "$work/daemon.json" --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" -H "unix://$sock" --containerd "$work/containerd/sock" \
-		--oom-score-adjust 0 --cgroup-parent "$cgroup" --live-restore --bip $gateway/24 \
+		--oom-score-adjust 0 --live-restore --bip $gateway/24 \
 		--add-runtime "runv=$work/bin/runv" --add-runtime "crun=$(command -v crun)" >>"$work/log" 2>&1 </dev/null &
 	daemon=$!
 	until_true 60 D version >/dev/null && return
@@ -80,8 +80,8 @@ add_fetch
 tar -C "$work/tree" -c . | D import -c 'CMD ["sh"]' -c 'ENV PATH=/bin' - busybox:test >/dev/null || { cat "$work/err" >&2; exit 1; }
 image=busybox:test
 
-choose() { flags=(--runtime "$1"); }
-foreign() { D run --runtime runc "$@"; }
+choose() { flags=(--runtime "$1" --cgroup-parent "$cgroup/$1"); }
+foreign() { D run --runtime runc --cgroup-parent "$cgroup/runc" "$@"; }
 
 t_oom_told() { [ "$(state "$r-oom" OOMKilled)" = true ]; }
 t_restore() {

@@ -30,6 +30,8 @@ cat >"$work/containers.conf" <<END
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 
+[engine]
+init_path = "$(command -v catatonit || command -v docker-init || command -v tini-static)"
 [network]
 network_backend = "$backend"
 network_config_dir = "$work/networks"
@@ -46,9 +48,9 @@ command_line() {
 	client=(podman --root "$work/root" --runroot "$work/run" --tmpdir "$work/tmp" --cgroup-manager cgroupfs --events-backend file
 		--storage-driver vfs --runtime "$(command -v "$path")")
 }
-choose() { command_line "$1"; flags=(--cgroup-parent "$cgroup"); }
+choose() { command_line "$1"; flags=(--cgroup-parent "$cgroup/$1"); }
 D() { timeout 120 "${client[@]}" "$@" 2>"$work/err"; }
-foreign() { local was=$r; command_line runc; D run --cgroup-parent "$cgroup" "$@"; set -- $?; command_line "$was"; return "$1"; }
+foreign() { local was=$r; command_line runc; D run --cgroup-parent "$cgroup/runc" "$@"; set -- $?; command_line "$was"; return "$1"; }
 stop_client() {
 	D pod rm -af -t 0
 	D rm -af -t 0
@@ -102,7 +104,7 @@ t_events() {
 }
 
 answers() { [ "$(D exec "$r-pb" sh -c 'sleep 1 | nc 127.0.0.1 8080')" = from-a ]; }
-t_pod_create() { D pod create --name "$r-pod" --infra-image $image --infra-command "/bin/sleep 1000" --cgroup-parent "$cgroup" -p "$(port):80"; }
+t_pod_create() { D pod create --name "$r-pod" --infra-image $image --infra-command "/bin/sleep 1000" --cgroup-parent "$cgroup/$r" -p "$(port):80"; }
 t_pod_run() {
 	D run -d --pod "$r-pod" --name "$r-pa" $image sh -c "$forever" && D run -d --pod "$r-pod" --name "$r-pb" $image sh -c "$forever" && is "$r-pa" running && is "$r-pb" running &&
 		{ [ "$r" != runv ] || [ "$(vms | wc -l)" = 1 ]; }
