@@ -29,8 +29,9 @@ func newLogger() *logger { return &logger{stderr: os.Stderr} }
 func (l *logger) open(path, format string, debug bool) error {
 	l.json = format == "json"
 	l.debug = debug
-	setupGlog(debug)
-	if path == "" || path == "/dev/stderr" {
+	toFile := path != "" && path != "/dev/stderr"
+	setupGlog(debug && !toFile)
+	if !toFile {
 		return nil
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND|os.O_SYNC, 0o644)
@@ -72,19 +73,21 @@ func (l *logger) fatal(line string) {
 // warning goes to the log file alone: standard error belongs to the container.
 func (l *logger) warning(line string) {
 	l.toFile("warning", line)
-	if l.debug {
+	if l.debug && l.file == nil {
 		glog.Warning(line)
 	}
 }
 
-// debugf is for the developer.
+// debugf is for the developer. With a log file, standard error is the container's.
 func (l *logger) debugf(text string, a ...any) {
 	if !l.debug {
 		return
 	}
 	line := oneLine(fmt.Sprintf(text, a...))
 	l.toFile("debug", line)
-	glog.V(1).Info(line)
+	if l.file == nil {
+		glog.V(1).Info(line)
+	}
 }
 
 func (l *logger) toFile(level, line string) {
