@@ -322,6 +322,16 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 			return err
 		})
 	}
+	// What those find who enter the stand-in's mount namespace.
+	var seen *view
+	defer func() { seen.close() }()
+	if req.GetStandIn().GetOwnMounts() {
+		g.Go(func() (err error) {
+			defer trace.Begin(trace.Thread(gctx, "view"), "view")()
+			seen, err = sh.show(standIn, req.Container)
+			return err
+		})
+	}
 	if first {
 		g.Go(func() (err error) {
 			m, err = s.boot(gctx, c, req, filepath.Join(s.o.Dir, shareName), standby)
@@ -402,15 +412,8 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return err
 	}
-	if req.GetStandIn().GetOwnMounts() {
-		end = trace.Begin(ctx, "view")
-		if err := sh.show(standIn, req.Container); err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return err
-		}
-		end()
+	if err := seen.complete(); err != nil {
+		return err
 	}
 	// The VM is up: from here on its speed is the container's.
 	if err := c.cgroup.setSpeed(limits, warn); err != nil {

@@ -65,7 +65,10 @@ type noShare struct{ err error }
 func (n noShare) add(context.Context, []*supervisorv1.HostMount) (func(), error) {
 	return func() {}, n.err
 }
-func (noShare) show(state.ProcessRef, *agentv1.CreateContainerRequest) error { return nil }
+
+func (noShare) show(state.ProcessRef, *agentv1.CreateContainerRequest) (*view, error) {
+	return nil, nil
+}
 
 func (noShare) close() {}
 

@@ -52,7 +52,7 @@ type share struct {
 // sharer is what a pod needs of its share; tests that may not mount have another.
 type sharer interface {
 	add(ctx context.Context, ms []*supervisorv1.HostMount) (undo func(), err error)
-	show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) error
+	show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) (*view, error)
 	close()
 }
 

@@ -29,10 +29,11 @@ import (
 // viewStats are files of /proc/PID that tell of a process and lead nowhere.
 var viewStats = []string{"stat", "status", "cmdline"}
 
-// view is what a stand-in's mount namespace is made of, all of it detached.
+// view is what a stand-in's mount namespace is made of, detached until it is there.
 type view struct {
+	ns     *os.File // the namespace
 	root   *os.File
-	mounts []viewMount
+	mounts []viewMount // those that are not in their places yet
 	files  []*os.File
 }
 
@@ -41,7 +42,11 @@ type viewMount struct {
 	dir *os.File
 }
 
+// close gives up what is not in its place. It may be called again, and for nil.
 func (v *view) close() {
+	if v == nil {
+		return
+	}
 	for _, f := range v.files {
 		_ = f.Close()
 	}
@@ -63,31 +68,50 @@ func (v *view) clone(dir int, at string, flags uint) (*os.File, error) {
 	return f, nil
 }
 
-// show makes the mount namespace of a container's stand-in show the container.
-// The container is built: the guest has made the mount points that were missing.
-func (s *share) show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) (err error) {
+// show makes the mount namespace of a container's stand-in show the container. It
+// needs nothing of the guest; volumes whose mount points are missing wait for
+// complete.
+func (s *share) show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) (_ *view, err error) {
+	v := new(view)
 	defer func() {
 		if err != nil {
+			v.close()
 			err = fmt.Errorf("show the container's files in the namespace of process %d: %w", standIn.Pid, err)
 		}
 	}()
-	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", standIn.Pid))
-	if err != nil {
-		return err
+	if v.ns, err = os.Open(fmt.Sprintf("/proc/%d/ns/mnt", standIn.Pid)); err != nil {
+		return nil, err
 	}
-	defer ns.Close()
-	if err := s.foreign(ns); err != nil {
-		return err
+	v.files = append(v.files, v.ns)
+	if err := s.foreign(v.ns); err != nil {
+		return nil, err
 	}
-	var v view
-	defer v.close()
-	if err := s.collect(&v, standIn.Pid, req); err != nil {
-		return err
+	if err := s.collect(v, standIn.Pid, req); err != nil {
+		return nil, err
 	}
 	if !standIn.Alive() { // and so it may not have been its namespace
-		return errors.New("it has ended")
+		return nil, errors.New("it has ended")
 	}
-	return inMountNS(ns, v.enter)
+	if err := inMountNS(v.ns, v.enter); err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+// complete puts what is left into its place: the container is built, and so the
+// guest has made the mount points that were missing. It is nothing for nil.
+func (v *view) complete() error {
+	defer v.close()
+	if v == nil || len(v.mounts) == 0 {
+		return nil
+	}
+	if err := inMountNS(v.ns, v.attach); err != nil {
+		return fmt.Errorf("show the container's volumes: %w", err)
+	}
+	for _, m := range v.mounts {
+		glog.V(1).Infof("%s is left out of a stand-in's view", m.at)
+	}
+	return nil
 }
 
 // foreign makes sure that a mount namespace that is going to be taken apart is
@@ -254,31 +278,40 @@ func (v *view) enter() error {
 	default:
 		return os.NewSyscallError("pivot_root", err)
 	}
+	return v.attach()
+}
+
+// attach puts mounts into their places, as the guest would find them, and keeps
+// those that have none: the guest has the last word on its files.
+func (v *view) attach() error {
+	var left []viewMount
 	for _, m := range v.mounts {
-		if err := attach(root, m); err != nil {
+		at, err := attach(int(v.root.Fd()), m)
+		if err != nil {
 			return err
 		}
+		if !at {
+			left = append(left, m)
+		}
 	}
+	v.mounts = left
 	return nil
 }
 
-// attach puts a mount at its place below root, as the guest would find it. What
-// has no place there is left out: the guest has the last word on its files.
-func attach(root int, m viewMount) error {
+// attach puts a mount into its place below root, if it is there.
+func attach(root int, m viewMount) (bool, error) {
 	fd, err := unix.Openat2(root, m.at, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
 	if err != nil {
-		glog.V(1).Infof("%s is left out of a stand-in's view: %v", m.at, err)
-		return nil
+		return false, nil //nolint:nilerr // a place that cannot be found is none
 	}
 	defer unix.Close(fd)
 	err = unix.MoveMount(int(m.dir.Fd()), "", fd, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 	switch {
 	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
 		// A file where a directory should be, the root itself, or gone meanwhile.
-		glog.V(1).Infof("%s is left out of a stand-in's view: %v", m.at, err)
-		return nil
+		return false, nil
 	case err != nil:
-		return &os.PathError{Op: "move_mount", Path: m.at, Err: err}
+		return false, &os.PathError{Op: "move_mount", Path: m.at, Err: err}
 	}
-	return nil
+	return true, nil
 }
