@@ -69,6 +69,8 @@ func New(version string, system System, engine Engine, log *log.Logger) *Agent {
 type container struct {
 	id     string
 	engine Container
+	// storage takes its disks away, nil if it has none.
+	storage func() error
 	// making counts starts and execs under way. It grows only under mu and in
 	// states that allow them, so that nothing is added while delete waits.
 	making sync.WaitGroup
@@ -236,6 +238,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 		if err != nil {
 			_ = p.child.Signal(syscall.SIGKILL)
 			err = errors.Join(err, c.engine.Destroy())
+			err = errors.Join(err, c.release())
 		}
 	}
 	if err != nil {
@@ -251,11 +254,29 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 }
 
 func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateContainerRequest, stdio Stdio) (made *Process, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.release())
+		}
+	}()
 	defer a.survive(&err)
+	if c.storage, err = a.openStorage(ctx, req); err != nil {
+		return nil, err
+	}
 	if c.engine, err = a.engine.New(req); err != nil {
 		return nil, err
 	}
 	return c.engine.Create(ctx, stdio)
+}
+
+// release takes the container's disks away, when nothing else is left of it.
+func (c *container) release() error {
+	if c.storage == nil {
+		return nil
+	}
+	err := c.storage()
+	c.storage = nil
+	return err
 }
 
 // survive turns a panic of the engine into an error, so that what the caller
@@ -485,6 +506,10 @@ func (a *Agent) delete(id string) error {
 		return errors.Join(err, c.advance(eventDeleteFailed))
 	}
 	c.making.Wait()
+	// The host takes the disks out, whatever is still there.
+	if err := c.release(); err != nil {
+		a.log.Printf("container %s: %v", c.id, err)
+	}
 	c.mu.Lock()
 	all := []*process{c.init}
 	for _, p := range c.execs {

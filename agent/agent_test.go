@@ -19,6 +19,7 @@ import (
 
 	"github.com/creack/pty"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -41,6 +42,9 @@ type fakeSystem struct {
 	mac      net.HardwareAddr
 	syncs    int
 	settled  int
+	disks    int // plugged
+	overlays int // that are not removed
+	frozen   int
 	trials   int    // that are not undone
 	trial    string // program of the trial
 	fail     string // the method that fails
@@ -92,6 +96,23 @@ func (f *fakeSystem) Interfaces() ([]*agentv1.NetworkStats, error) {
 	return []*agentv1.NetworkStats{{Name: "eth0", RxBytes: 7}}, nil
 }
 func (f *fakeSystem) Sync() { _ = f.call("sync", func() { f.syncs++ }) }
+
+func (f *fakeSystem) OpenDisks(_ context.Context, ds []*agentv1.Disk) (map[string]uint64, func() error, error) {
+	numbers := make(map[string]uint64)
+	for i, d := range ds {
+		numbers[d.Serial] = unix.Mkdev(8, uint32(16*i))
+	}
+	err := f.call("disks", func() { f.disks += len(ds) })
+	return numbers, func() error { return f.call("undo", func() { f.disks = 0 }) }, err
+}
+
+func (f *fakeSystem) FreezeDisks() { _ = f.call("freeze", func() { f.frozen++ }) }
+
+func (f *fakeSystem) Overlay(_ context.Context, id string, r *agentv1.Rootfs) (func() error, error) {
+	err := f.call("overlay", func() { f.overlays++ })
+	r.ShareTag, r.SharePath = agentv1.DiskTag, id
+	return func() error { return f.call("undo", func() { f.overlays-- }) }, err
+}
 
 func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {
 	err := f.call("mount "+s.Tag, func() { f.mounted = append(f.mounted, s.Tag) })

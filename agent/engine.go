@@ -93,6 +93,17 @@ type System interface {
 	SetMachineID(id string) error
 	// MountShare mounts a share below agentv1.ShareDir; undo unmounts it.
 	MountShare(s *agentv1.Share) (undo func(), err error)
+	// OpenDisks finds the disks with the given serial numbers, and mounts those that
+	// have a file system, each below agentv1.ShareDir/agentv1.DiskTag. It returns
+	// their device numbers by serial number. release unmounts and forgets them, also
+	// with an error; it may be nil then.
+	OpenDisks(ctx context.Context, ds []*agentv1.Disk) (numbers map[string]uint64, release func() error, err error)
+	// FreezeDisks makes what is on the disks complete, and stops all writers: the
+	// guest has nothing to do any more.
+	FreezeDisks()
+	// Overlay puts memory over the root file system of the container id, and makes
+	// r refer to that. remove takes it away.
+	Overlay(ctx context.Context, id string, r *agentv1.Rootfs) (remove func() error, err error)
 	// DHCP gives the first network card the hardware address mac, unless that is
 	// nil, and configures it.
 	DHCP(ctx context.Context, mac net.HardwareAddr) error

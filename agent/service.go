@@ -242,5 +242,6 @@ func (s *service) DeleteContainer(_ context.Context, req *agentv1.DeleteContaine
 
 func (s *service) Shutdown(context.Context, *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {
 	s.agent.system.Sync()
+	s.agent.system.FreezeDisks()
 	return &agentv1.ShutdownResponse{}, nil
 }
