@@ -20,7 +20,7 @@ import (
 // take what they find there for the container's: podman cp writes into it, podman
 // top reads its /proc. The host's own mounts must not be what they find.
 //
-// What exists in the guest alone (tmpfs, proc, devices) is covered by empty,
+// What exists in the guest alone (tmpfs, proc, devices, file systems on disks) is covered by empty,
 // read-only directories, so that a copy to there fails instead of landing below.
 // Only /proc has something in it: the files that ps reads, of the stand-in alone.
 // They are single files, and no link leads out of the view: its root file system
@@ -143,7 +143,7 @@ func (s *share) collect(v *view, pid int, req *agentv1.CreateContainerRequest) e
 		return err
 	}
 	v.root = fill["empty"]
-	if p := req.GetRootfs().GetSharePath(); p != "" {
+	if p := req.GetRootfs().GetSharePath(); p != "" && req.Rootfs.ShareTag != agentv1.DiskTag {
 		if v.root, err = v.clone(int(s.ro.Fd()), p, unix.AT_RECURSIVE); err != nil {
 			return err
 		}
@@ -153,7 +153,7 @@ func (s *share) collect(v *view, pid int, req *agentv1.CreateContainerRequest) e
 		at := path.Join("/", m.GetDestination())
 		dir := fill["empty"]
 		switch {
-		case m.GetSharePath() != "":
+		case m.GetSharePath() != "" && m.ShareTag != agentv1.DiskTag:
 			if dir, err = v.clone(int(s.ro.Fd()), m.SharePath, unix.AT_RECURSIVE); err != nil {
 				return err
 			}
