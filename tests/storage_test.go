@@ -1,0 +1,333 @@
+package tests
+
+import (
+	"encoding/binary"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// tool runs a program of the host, or skips if there is none.
+func tool(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		skip(t, "needs %s", name)
+	}
+	out, err := exec.Command(path, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// ext4Image makes an image with one file in it.
+func (r *rt) ext4Image() string {
+	r.t.Helper()
+	image, dir := filepath.Join(r.dir, r.name()+".ext4"), filepath.Join(r.dir, r.name())
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		r.t.Fatal(err)
+	}
+	r.write(filepath.Join(dir, "from-host"), "host\n")
+	r.write(image, "")
+	if err := os.Truncate(image, 8<<20); err != nil {
+		r.t.Fatal(err)
+	}
+	tool(r.t, "mkfs.ext4", "-q", "-d", dir, image)
+	return image
+}
+
+// loop puts a loop device over an image until the end of the test.
+func (r *rt) loop(image string) string {
+	r.t.Helper()
+	dev := tool(r.t, "losetup", "--find", "--show", image)
+	*r.ends = append(*r.ends, func() { tool(r.t, "losetup", "--detach", dev) })
+	return dev
+}
+
+// inImage reads a file of an ext4 image without mounting it.
+func (r *rt) inImage(image, path string) string {
+	r.t.Helper()
+	out, err := exec.Command("debugfs", "-R", "cat "+path, image).Output()
+	if err != nil {
+		r.t.Fatalf("debugfs: %v", err)
+	}
+	return string(out)
+}
+
+// asQCOW2 writes what an image holds as a qcow2 image of version 2: a header, one
+// level-1 entry, and one level-2 table that lists all clusters.
+func (r *rt) asQCOW2(raw string) string {
+	r.t.Helper()
+	const cluster = 1 << 16
+	data, err := os.ReadFile(raw)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	n := (len(data) + cluster - 1) / cluster
+	// Header, refcount table, refcount block, L1, L2, then the data.
+	const first = 5
+	out := make([]byte, (first+n)*cluster)
+	be := binary.BigEndian
+	copy(out, "QFI\xfb")
+	be.PutUint32(out[4:], 2)
+	be.PutUint32(out[20:], 16) // cluster bits
+	be.PutUint64(out[24:], uint64(len(data)))
+	be.PutUint32(out[36:], 1)         // L1 entries
+	be.PutUint64(out[40:], 3*cluster) // L1
+	be.PutUint64(out[48:], cluster)   // refcount table
+	be.PutUint32(out[56:], 1)         // its clusters
+	be.PutUint64(out[cluster:], 2*cluster)
+	for i := range first + n {
+		be.PutUint16(out[2*cluster+2*i:], 1)
+	}
+	const copied = 1 << 63
+	be.PutUint64(out[3*cluster:], copied|4*cluster)
+	for i := range n {
+		be.PutUint64(out[4*cluster+8*i:], copied|uint64((first+i)*cluster))
+	}
+	copy(out[first*cluster:], data)
+	path := raw + ".qcow2"
+	if err := os.WriteFile(path, out, 0o644); err != nil {
+		r.t.Fatal(err)
+	}
+	return path
+}
+
+// File systems on images and loop devices are volumes, and are whole on the host
+// when the container has ended.
+func TestBlockVolumes(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	rw, ro := r.ext4Image(), r.ext4Image()
+	qcow2 := r.asQCOW2(r.ext4Image())
+	loop := r.loop(rw)
+	s := sh(`
+echo "== rw"; cat /v/rw/from-host; echo guest > /v/rw/from-guest; grep ' /v/rw ' /proc/mounts | cut -d ' ' -f 3
+echo "== ro"; cat /v/ro/from-host; touch /v/ro/new 2>/dev/null || echo refused; mount -o remount,rw /v/ro 2>/dev/null; touch /v/ro/new 2>/dev/null || echo refused
+echo "== qcow2"; cat /v/qcow2/from-host; dd if=/dev/zero of=/v/qcow2/big bs=64k count=16 2>/dev/null && echo written
+`)
+	for _, m := range []specs.Mount{
+		{Type: "ext4", Source: loop, Destination: "/v/rw"},
+		{Type: "ext4", Source: ro, Destination: "/v/ro", Options: []string{"ro", "nosuid"}},
+		{Type: "ext4", Source: qcow2, Destination: "/v/qcow2", Options: []string{"x-runv.format=qcow2"}},
+	} {
+		s.Mounts = append(s.Mounts, m)
+	}
+	all := append(slices.Clone(defaultCaps), "CAP_SYS_ADMIN")
+	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all}
+	before, err := os.ReadFile(ro)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res := r.run(s)
+	if res.code != 0 {
+		t.Fatalf("code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
+	got := sections(res.stdout)
+	for name, want := range map[string]string{"rw": "host\next4\n", "ro": "host\nrefused\nrefused\n", "qcow2": "host\nwritten\n"} {
+		if got[name] != want {
+			t.Errorf("%s: %q, want %q; stderr %q", name, got[name], want, res.stderr)
+		}
+	}
+	if text := r.inImage(rw, "/from-guest"); text != "guest\n" {
+		t.Errorf("the host reads %q from the image", text)
+	}
+	tool(t, "e2fsck", "-n", "-f", rw) // whole, without a look at the journal
+	if after, err := os.ReadFile(ro); err != nil || string(after) != string(before) {
+		t.Errorf("a read-only image has changed (%v)", err)
+	}
+}
+
+// What is wrong with a disk is said in one line that names the field.
+func TestBlockVolumesRefused(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	image := r.ext4Image()
+	fifo, backed := filepath.Join(r.dir, "fifo"), filepath.Join(r.dir, "backed")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	header := make([]byte, 512)
+	copy(header, "QFI\xfb\x00\x00\x00\x02")
+	header[15] = 1 // a backing file
+	if err := os.WriteFile(backed, header, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		m    specs.Mount
+		want string
+	}{
+		{specs.Mount{Type: "ext4", Source: filepath.Join(r.dir, "none")}, "no such file"},
+		{specs.Mount{Type: "ext4", Source: fifo}, "neither an image file nor a block device"},
+		{specs.Mount{Type: "ext4", Source: backed, Options: []string{"x-runv.format=qcow2"}}, "backing file"},
+		{specs.Mount{Type: "ext4", Source: image, Options: []string{"x-runv.format=vmdk"}}, "names no format"},
+	} {
+		s := spec("true")
+		c.m.Destination = "/v"
+		s.Mounts = append(s.Mounts, c.m)
+		r.refused([]string{"mounts[" + strconv.Itoa(len(s.Mounts)-1) + "]", c.want}, "run", "--bundle", r.bundle(s), r.name())
+	}
+	// What only the guest finds.
+	s := spec("true")
+	s.Mounts = append(s.Mounts, specs.Mount{Type: "erofs", Source: image, Destination: "/v"})
+	r.refused([]string{"erofs"}, "run", "--bundle", r.bundle(s), r.name())
+}
+
+// A block device of the host that is listed among a container's devices is a
+// disk of the VM, with the access that the rules allow.
+func TestBlockDevices(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	rw, ro := r.ext4Image(), r.ext4Image()
+	s := sh(`
+dd if=/dev/xrw bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1
+echo written | dd of=/dev/xrw bs=512 conv=notrunc 2>/dev/null && sync && echo yes
+dd if=/dev/xro bs=1 skip=1080 count=2 2>/dev/null | od -An -tx1
+echo written 2>/dev/null | dd of=/dev/xro bs=512 conv=notrunc 2>/dev/null || echo refused
+test -b /dev/xrw && stat -c %a /dev/xrw
+`)
+	deny, rules := specs.LinuxDeviceCgroup{Access: "rwm"}, []specs.LinuxDeviceCgroup{}
+	rules = append(rules, deny)
+	for name, image := range map[string]string{"/dev/xrw": rw, "/dev/xro": ro} {
+		var st unix.Stat_t
+		if err := unix.Stat(r.loop(image), &st); err != nil {
+			t.Fatal(err)
+		}
+		major, minor := int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
+		s.Linux.Devices = append(s.Linux.Devices, specs.LinuxDevice{Path: name, Type: "b", Major: major, Minor: minor, FileMode: ptr(os.FileMode(0o640))})
+		access := "rwm"
+		if name == "/dev/xro" {
+			access = "r"
+		}
+		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: "b", Major: &major, Minor: &minor, Access: access})
+	}
+	s.Linux.Resources = &specs.LinuxResources{Devices: rules}
+	before, err := os.ReadFile(ro)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res := r.run(s)
+	if want := " 53 ef\nyes\n 53 ef\nrefused\n640\n"; res.code != 0 || res.stdout != want {
+		t.Fatalf("code %d, stdout %q, want %q; stderr %q", res.code, res.stdout, want, res.stderr)
+	}
+	if text, err := os.ReadFile(rw); err != nil || !strings.HasPrefix(string(text), "written\n") {
+		t.Errorf("the container's bytes are not on the host (%v)", err)
+	}
+	if after, err := os.ReadFile(ro); err != nil || string(after) != string(before) {
+		t.Errorf("a read-only device has changed (%v)", err)
+	}
+}
+
+// The root file system may be an image; over a read-only one the guest can have
+// memory.
+func TestBlockRootfs(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	tree := filepath.Join(r.dir, "tree")
+	copyRootfs(t, tree)
+	ext4, erofs := filepath.Join(r.dir, "root.ext4"), filepath.Join(r.dir, "root.erofs")
+	r.write(ext4, "")
+	if err := os.Truncate(ext4, 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	tool(t, "mkfs.ext4", "-q", "-d", tree, ext4)
+	tool(t, "mkfs.erofs", erofs, tree)
+	for _, c := range []struct {
+		name, image, typ string
+		overlay          bool
+		want             string
+	}{
+		{"ext4", ext4, "ext4", false, "written\next4\n"},
+		{"erofs", erofs, "erofs", false, "refused\nerofs\n"},
+		{"erofs below an overlay", erofs, "erofs", true, "written\noverlay\n"},
+		{"a directory below an overlay", tree, "", true, "written\noverlay\n"},
+	} {
+		s := sh("echo x > /new 2>/dev/null && echo written || echo refused; grep ' / ' /proc/mounts | tail -n 1 | cut -d ' ' -f 3")
+		s.Annotations = map[string]string{}
+		if c.typ != "" {
+			s.Annotations["io.runv.rootfs-type"] = c.typ
+		}
+		if c.overlay {
+			s.Annotations["io.runv.overlay"] = "guest"
+		}
+		s.Root.Path, s.Root.Readonly = c.image, false
+		if res := r.run(s); res.code != 0 || res.stdout != c.want {
+			t.Errorf("%s: code %d, stdout %q, want %q; stderr %q", c.name, res.code, res.stdout, c.want, res.stderr)
+		}
+	}
+	if text := r.inImage(ext4, "/new"); text != "x\n" {
+		t.Errorf("the host reads %q from the image", text)
+	}
+	if _, err := os.Stat(filepath.Join(tree, "new")); err == nil {
+		t.Error("what was written above the overlay is on the host")
+	}
+}
+
+// Files that the host replaces while they are mounted, as a kubelet does with a
+// config map, are new to the container at once, whichever way they are replaced.
+func TestVolumeFollowsTheHost(t *testing.T) {
+	t.Parallel()
+	r := newRT(t)
+	vol := filepath.Join(r.dir, "vol")
+	for _, d := range []string{"..one", "..two"} {
+		if err := os.MkdirAll(filepath.Join(vol, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		r.write(filepath.Join(vol, d, "key"), "value of "+d+"\n")
+	}
+	link := func(target, name string) {
+		t.Helper()
+		tmp := filepath.Join(vol, "tmp")
+		if err := os.Symlink(target, tmp); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(tmp, filepath.Join(vol, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link("..one", "..data")
+	link("..data/key", "key")
+	r.write(filepath.Join(vol, "in-place"), "old\n")
+	r.write(filepath.Join(vol, "over"), "old\n")
+	id := r.running(func(s *specs.Spec) {
+		s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: vol, Destination: "/vol", Options: []string{"rbind", "ro"}})
+	})
+	read := func(when string, want ...string) {
+		t.Helper()
+		// Twice: what was read before must not be what is read again.
+		for range 2 {
+			if got := r.exec(id, "cat", "/vol/key", "/vol/in-place", "/vol/over"); got != strings.Join(want, "\n")+"\n" {
+				t.Errorf("%s the container reads %q, want %q", when, got, want)
+			}
+		}
+	}
+	read("at first", "value of ..one", "old", "old")
+	link("..two", "..data")
+	read("after the swap of the link", "value of ..two", "old", "old")
+	if err := os.RemoveAll(filepath.Join(vol, "..one")); err != nil {
+		t.Fatal(err)
+	}
+	// The same length and, with luck, the same second: neither may matter.
+	r.write(filepath.Join(vol, "in-place"), "new\n")
+	read("after a write in place", "value of ..two", "new", "old")
+	r.write(filepath.Join(vol, "tmp"), "new\n")
+	if err := os.Rename(filepath.Join(vol, "tmp"), filepath.Join(vol, "over")); err != nil {
+		t.Fatal(err)
+	}
+	read("after a rename over it", "value of ..two", "new", "new")
+	r.write(filepath.Join(vol, "in-place"), "longer than before\n")
+	read("after it has grown", "value of ..two", "longer than before", "new")
+	r.ok("delete", "--force", id)
+}
