@@ -145,14 +145,17 @@ no_second() { ! D exec "$1" ip addr show dev eth1; }
 t_port_gone() { D rm -f "$r-s" && ! host_sees "$gateway:$(port)/name" web; }
 t_named() {
 	D network create "net-$r" && bg --name "$r-one" --hostname one --network "net-$r" --network-alias other $image sh -c "$web" || return 1
+	until_true 20 D exec "$r-one" wget -q -O /dev/null http://127.0.0.1/name || return 1
 	run --network "net-$r" $image sh -c "fetch $r-one && fetch other" | tr '\n' ' ' | grep -qx 'one one '
 }
-t_named_back() { bg --name "$r-two" --hostname two --network "net-$r" $image sh -c "$web" && [ "$(D exec "$r-one" fetch "$r-two")" = two ]; }
+t_named_back() { bg --name "$r-two" --hostname two --network "net-$r" $image sh -c "$web" && until_true 20 one_gets "$r-two" two; }
+# A web server may need a moment before it listens.
+one_gets() { [ "$(D exec "$r-one" fetch "$1")" = "$2" ]; }
 t_named_unknown() { ! D exec "$r-one" nslookup "no-such-$r"; }
 t_runc_to() { [ "$(foreign --rm --network "net-$r" $image fetch "$r-one")" = one ]; }
 t_runc_from() {
 	foreign -d --name "$r-runc" --hostname native --network "net-$r" $image sh -c "$web" &&
-		[ "$(D exec "$r-one" fetch "$r-runc")" = native ]
+		until_true 20 one_gets "$r-runc" native
 }
 t_named_rm() { D rm -f "$r-one" "$r-two" "$r-runc" && D network rm "net-$r"; }
 t_ipv6() {
