@@ -18,7 +18,8 @@ func TestStorage(t *testing.T) {
 			ContainerId: "c",
 			Rootfs:      &agentv1.Rootfs{ShareTag: "runv", SharePath: "c/rootfs", Overlay: true},
 			Devices: []*agentv1.Device{
-				{Path: "/dev/a", Type: "b", Major: 253, Minor: 9}, {Path: "/dev/b", Type: "b", Major: 253, Minor: 9},
+				{Path: "/dev/a", Type: "b", Major: 253, Minor: 9},
+				{Path: "/dev/b", Type: "b", Major: 253, Minor: 9},
 				{Path: "/dev/null", Type: "c", Major: 1, Minor: 3},
 			},
 			Resources: &agentv1.Resources{Devices: []*agentv1.DeviceRule{{Type: "a", Major: -1, Minor: -1, Access: "rwm"}}},

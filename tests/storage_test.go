@@ -115,13 +115,10 @@ echo "== rw"; cat /v/rw/from-host; echo guest > /v/rw/from-guest; grep ' /v/rw '
 echo "== ro"; cat /v/ro/from-host; touch /v/ro/new 2>/dev/null || echo refused; mount -o remount,rw /v/ro 2>/dev/null; touch /v/ro/new 2>/dev/null || echo refused
 echo "== qcow2"; cat /v/qcow2/from-host; dd if=/dev/zero of=/v/qcow2/big bs=64k count=16 2>/dev/null && echo written
 `)
-	for _, m := range []specs.Mount{
-		{Type: "ext4", Source: loop, Destination: "/v/rw"},
-		{Type: "ext4", Source: ro, Destination: "/v/ro", Options: []string{"ro", "nosuid"}},
-		{Type: "ext4", Source: qcow2, Destination: "/v/qcow2", Options: []string{"x-runv.format=qcow2"}},
-	} {
-		s.Mounts = append(s.Mounts, m)
-	}
+	s.Mounts = append(s.Mounts,
+		specs.Mount{Type: "ext4", Source: loop, Destination: "/v/rw"},
+		specs.Mount{Type: "ext4", Source: ro, Destination: "/v/ro", Options: []string{"ro", "nosuid"}},
+		specs.Mount{Type: "ext4", Source: qcow2, Destination: "/v/qcow2", Options: []string{"x-runv.format=qcow2"}})
 	all := append(slices.Clone(defaultCaps), "CAP_SYS_ADMIN")
 	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all}
 	before, err := os.ReadFile(ro)
@@ -330,4 +327,41 @@ func TestVolumeFollowsTheHost(t *testing.T) {
 	r.write(filepath.Join(vol, "in-place"), "longer than before\n")
 	read("after it has grown", "value of ..two", "longer than before", "new")
 	r.ok("delete", "--force", id)
+}
+
+// A disk goes into a clone as into any other VM, comes and goes with a container
+// of the pod, and is the host's again when that is deleted.
+func TestBlockInClone(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	clones, _ := r.cloning()
+	image := r.ext4Image()
+	dev := clones.loop(image)
+	with := func(s *specs.Spec) {
+		s.Mounts = append(s.Mounts, specs.Mount{Type: "ext4", Source: dev, Destination: "/v"})
+	}
+	sb := clones.running()
+	for round := range 2 {
+		id := clones.member(sb, with)
+		clones.exec(id, "sh", "-c", "echo "+strconv.Itoa(round)+" >> /v/rounds")
+		// Two writers would destroy it.
+		if round == 0 {
+			s := sh(pause)
+			s.Hostname = ""
+			with(s)
+			clones.refused([]string{dev, "is in use"}, "create", "--pod", sb, "--bundle", clones.bundle(s), clones.name())
+		}
+		clones.ok("delete", "--force", id)
+		fd, err := unix.Open(dev, unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatalf("round %d: the device is still in use: %v", round, err)
+		}
+		_ = unix.Close(fd)
+	}
+	if text := clones.inImage(image, "/rounds"); text != "0\n1\n" {
+		t.Errorf("the host reads %q from the image", text)
+	}
+	tool(t, "e2fsck", "-n", "-f", image)
+	clones.ok("delete", "--force", sb)
 }
