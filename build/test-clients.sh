@@ -1,12 +1,22 @@
 #!/bin/bash
 # test-clients.sh [CLIENT…]: runs the scripts of tests/clients, all or those
-# named, one after the other, and fails at the end if one of them failed.
+# named, one after the other, and prints at the end how each went and for how long.
+# Fails if one of them failed. One alone: tests/clients/CLIENT.sh, as root, after
+# `make guest`; its head tells its arguments.
 set -uo pipefail
 [ $# -gt 0 ] || set -- $(cd tests/clients && ls ./*.sh)
-failed=()
+rows=() status=0
 for client; do
 	client=$(basename "$client" .sh)
+	if [ ! -x "tests/clients/$client.sh" ]; then
+		echo "CLIENTS: there is no tests/clients/$client.sh; there are:" $(cd tests/clients && ls ./*.sh | sed 's,./,,; s,\.sh$,,') >&2
+		exit 2
+	fi
 	echo "== $client"
-	"tests/clients/$client.sh" || failed+=("$client")
+	begin=$SECONDS result=ok
+	"tests/clients/$client.sh" || { result=FAIL status=1; }
+	rows+=("$(printf '%-12s %-6s %4d s' "$client" $result $((SECONDS - begin)))")
 done
-[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
+echo "== summary"
+printf '%s\n' "${rows[@]}"
+exit $status
