@@ -256,8 +256,8 @@ func call[Req, Resp any](ctx context.Context, c *Client, what string, f func(con
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("guest agent: %s: %w", what, context.Cause(ctx))
 	}
-	if errors.Is(err, ttrpc.ErrClosed) {
-		// The client saw the end of its stream before kill was called.
+	if errors.Is(err, ttrpc.ErrClosed) || c.session.IsClosed() {
+		// The client saw the end of its stream or of the session before kill was called.
 		<-c.done
 		return nil, c.err
 	}

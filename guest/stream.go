@@ -101,10 +101,11 @@ func (s *Stream) Write(p []byte) (int, error) {
 
 func (c *Client) streamError(err error) error {
 	switch {
+	case c.session.IsClosed():
+		// An ending session closes its streams, so any error may be one of it.
+		<-c.done
 	case errors.Is(err, yamux.ErrTimeout), errors.Is(err, yamux.ErrStreamClosed),
 		errors.Is(err, yamux.ErrConnectionReset), errors.Is(err, yamux.ErrStreamsExhausted):
-	case errors.Is(err, yamux.ErrSessionShutdown):
-		<-c.done
 	default: // of the connection: the session is about to end
 		c.kill(err)
 	}
