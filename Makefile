@@ -101,7 +101,7 @@ validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as
 	cd tests/oci && $(GO) run .
 
 .PHONY: test-clients
-test-clients: guest ## Use runv as its clients do: containerd, Podman, … (as root); CLIENTS='podman' selects
+test-clients: setup guest ## Use runv as its clients do: containerd, Podman, … (as root); CLIENTS='podman' selects
 	@build/test-clients.sh $(CLIENTS)
 
 .PHONY: bench

@@ -1,7 +1,10 @@
 #!/bin/bash
-# Installs the Debian packages that building, running and testing runv need, by
-# name. Does nothing when all are there. The kernel package is not among them:
-# the guest image takes it apart without installing it.
+# setup.sh [PACKAGE PURPOSE]…: installs the Debian packages that building, running
+# and testing runv need, or those named, and nothing that they only recommend. Does
+# nothing when all are there. The kernel package is not among them: the guest image
+# takes it apart without installing it.
+#
+# No daemon of a package is started, and no package is removed for another.
 set -euo pipefail
 
 if ! command -v dpkg-query >/dev/null; then
@@ -33,8 +36,13 @@ need=(
 	crun "peer in the OCI validation"
 	protobuf-compiler "generating the protocols' code"
 )
+kernel=("linux-image-$arch")
+[[ $# -eq 0 ]] || need=("$@") kernel=()
 
 missing=()
+listed() {
+	[[ $# -eq 0 ]] || apt-cache show --no-all-versions "$@" >/dev/null 2>&1
+}
 for ((i = 0; i < ${#need[@]}; i += 2)); do
 	p=${need[i]}
 	if [[ $(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null) != installed ]]; then
@@ -44,11 +52,8 @@ for ((i = 0; i < ${#need[@]}; i += 2)); do
 done
 
 # The package list must at least know the kernel that the guest image unpacks.
-listed() {
-	apt-cache show --no-all-versions "$@" >/dev/null 2>&1
-}
 update=no
-if ! listed "linux-image-$arch" "${missing[@]}"; then
+if ! listed "${kernel[@]}" "${missing[@]}"; then
 	update=yes
 fi
 if [[ ${#missing[@]} -eq 0 && $update == no ]]; then
@@ -60,18 +65,33 @@ if [[ $EUID -ne 0 ]]; then
 	exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive
+apt() { apt-get -q -o DPkg::Lock::Timeout=600 "$@"; }
+get() { apt -y --no-remove --no-install-recommends install "${missing[@]}"; }
 if [[ $update == yes ]]; then
 	echo "setup: apt-get update"
-	apt-get -q update
+	apt update
 fi
 [[ ${#missing[@]} -eq 0 ]] && exit 0
+
+# Debian asks this program before it starts a service. One setup at a time has its
+# own there, unless the machine has one already.
+policy=/usr/sbin/policy-rc.d
+answer=$'#!/bin/sh\n# runv: build/setup.sh\nexit 101'
+exec 9</var/lib/dpkg
+flock 9
+if [[ ! -e $policy || $(<"$policy") == "$answer" ]]; then
+	trap 'rm -f "$policy"' EXIT
+	trap 'exit 130' INT TERM
+	echo "$answer" >"$policy"
+	chmod 755 "$policy"
+fi
 echo "setup: apt-get install ${missing[*]}"
-if ! apt-get -q -y install --no-install-recommends "${missing[@]}"; then
+if ! get; then
 	if [[ $update == yes ]]; then
 		exit 1
 	fi
 	# A list that is too old names files that are gone.
 	echo "setup: trying again with a new package list"
-	apt-get -q update
-	apt-get -q -y install --no-install-recommends "${missing[@]}"
+	apt update
+	get
 fi

@@ -22,11 +22,19 @@ declare -A exceptions
 # except OPERATION REASON: it may fail with runv though it works with the peer.
 except() { exceptions[$1]=$2; }
 
-# need PROGRAM…
+# need PROGRAM[=PACKAGE]… installs the packages of the programs that are missing
+# (the name of a program's package is its own unless given), and ends the script if
+# one is missing then. PROGRAM may be a path. To be called before isolate.
 need() {
-	local p
-	for p in "$@" busybox script; do
-		command -v "$p" >/dev/null || { echo "$p is missing" >&2; exit 1; }
+	[ -z "${CLIENTS_NAMESPACES:-}" ] || return 0
+	local p packages=()
+	set -- "$@" busybox=busybox-static script=bsdutils ip=iproute2
+	for p; do
+		command -v "${p%%=*}" >/dev/null || packages+=("${p##*=}" "has ${p%%=*}")
+	done
+	[ ${#packages[@]} = 0 ] || ! command -v dpkg-query >/dev/null || "$top/build/setup.sh" "${packages[@]}" >&2 || exit 1
+	for p; do
+		command -v "${p%%=*}" >/dev/null || { echo "${p%%=*} is missing" >&2; exit 1; }
 	done
 }
 

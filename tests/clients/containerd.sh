@@ -18,7 +18,7 @@ runtimes=("$@")
 . tests/clients/common.bash
 . tests/clients/containerd.bash
 
-need ctr containerd umoci
+need ctr=containerd containerd umoci
 [[ " ${CONTAINERD:-distribution module} " != *" module "* ]] || modules_of_containerd || exit 1
 isolate
 prepare_containerd containerd

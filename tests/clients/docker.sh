@@ -21,7 +21,7 @@ cd "$(dirname "$0")/../.."
 except 'run: --network host' "a VM has no part in the host's network: refused in words"
 except 'inspect: out of memory is told' "containerd's shim asks the host's cgroup, and it was the guest's kernel that killed"
 
-need docker dockerd containerd
+need docker=docker.io dockerd=docker.io containerd
 isolate
 prepare docker
 

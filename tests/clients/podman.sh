@@ -15,7 +15,7 @@ cd "$(dirname "$0")/../.."
 except 'run: --network host' "a VM has no part in the host's network: refused in words"
 except 'cp to a tmpfs' "it is memory of the guest: refused as a read-only file system"
 
-need podman conmon iptables
+need podman conmon iptables catatonit /usr/lib/podman/netavark=netavark /usr/lib/podman/aardvark-dns=aardvark-dns
 isolate
 prepare podman
 
