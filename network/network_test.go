@@ -43,6 +43,8 @@ func newSpace(t *testing.T) *space {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.ns.Close() })
+	// A second of tentative addresses would be a second in which look changes.
+	s.sh("for f in /proc/sys/net/ipv6/conf/*/accept_dad; do echo 0 >$f; done")
 	return s
 }
 
@@ -59,6 +61,15 @@ func (s *space) sh(script string) string {
 	}
 	return string(out)
 }
+
+// settled waits until the kernel has done in its own time what follows from a
+// change of eth0: its carrier is up, and it has an IPv6 address of the link. What
+// look sees would change without anybody's doing.
+const settled = `n=0
+until ip -br link show eth0 | grep -q " UP " && ip -o addr show dev eth0 | grep -q "fe80.* scope link \\\\"; do
+	n=$((n + 1)); [ $n -lt 500 ] || { ip addr; exit 1; }
+	sleep 0.02
+done`
 
 // look is everything that there is to be left as found.
 func (s *space) look() string {
@@ -147,6 +158,7 @@ func TestNamespace(t *testing.T) {
 	s := newSpace(t)
 	ts := taps(t, 2)
 	s.sh(pair)
+	s.sh(settled)
 	before := s.look()
 
 	n, err := Open(s.ns, ts)
@@ -203,6 +215,7 @@ func twoSpaces(t *testing.T) (host, pod *space) {
 	host.sh("ip link add peer0 type veth peer name eth0 address 02:00:00:00:01:01; ip link set peer0 up")
 	give(t, host, pod, "eth0")
 	pod.sh("ip link set lo up; ip addr add 10.1.2.3/24 dev eth0; ip link set eth0 up")
+	pod.sh(settled)
 	return host, pod
 }
 
