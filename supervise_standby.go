@@ -116,6 +116,7 @@ func standBy(ctx context.Context, p *pool.Standby) (_ *pool.Taken, _ *supervisor
 	}()
 	b, err := supervisor.StartStandby(preparing, supervisor.StandbyOptions{
 		Name: "standby-" + filepath.Base(o.Dir), Dir: o.Dir, Version: version.String(), VM: o.Vm, Factory: newFactory,
+		Yields: p.Yields(),
 	})
 	if err != nil {
 		if cause := context.Cause(preparing); cause != nil {

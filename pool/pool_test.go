@@ -33,6 +33,10 @@ type fakes struct {
 	t     *testing.T
 	fail  atomic.Pointer[string] // why standbys do not become ready
 	taken chan *Taken
+	// hold, if set, gets the first two words that a standby is told, which is not
+	// ready before that. begun has when such a one began.
+	hold  atomic.Pointer[chan bool]
+	begun chan time.Time
 
 	mu  sync.Mutex
 	all []*fake
@@ -78,6 +82,17 @@ func (fs *fakes) run(ctx context.Context, dir string, control *os.File) error {
 		s.Failed(errors.New(*why))
 		return errors.New(*why)
 	}
+	if hold := fs.hold.Load(); hold != nil {
+		fs.begun <- time.Now()
+		for n := 0; n < 2; n++ {
+			select {
+			case still := <-s.Yields():
+				*hold <- still
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	}
 	s.Ready(state.Self())
 	t, err := s.Wait(ctx)
 	if err != nil {
@@ -99,6 +114,7 @@ func (fs *fakes) kill(n int) {
 type daemon struct {
 	*fakes
 	dir, root string
+	calm      calm
 	stop      context.CancelFunc
 	served    chan error
 }
@@ -107,13 +123,19 @@ func vmOf(cpu, mem uint32) *supervisorv1.VM {
 	return &supervisorv1.VM{Kernel: "/k", Initrd: "/i", Vcpus: cpu, MemoryMib: mem, Network: "none"}
 }
 
-func serve(t *testing.T, entries ...Entry) *daemon {
+func newDaemon(t *testing.T) *daemon {
 	t.Helper()
 	tmp := t.TempDir()
-	d := &daemon{
-		fakes: &fakes{t: t, taken: make(chan *Taken, 16)}, dir: filepath.Join(tmp, "@factory"), root: filepath.Join(tmp, "root"),
-		served: make(chan error, 1),
+	return &daemon{
+		fakes: &fakes{t: t, taken: make(chan *Taken, 16), begun: make(chan time.Time, 16)},
+		dir:   filepath.Join(tmp, "@factory"), root: filepath.Join(tmp, "root"),
+		calm: calm{quiet: time.Millisecond, patience: time.Second}, served: make(chan error, 1),
 	}
+}
+
+func serve(t *testing.T, entries ...Entry) *daemon {
+	t.Helper()
+	d := newDaemon(t)
 	d.run(t, entries...)
 	return d
 }
@@ -125,7 +147,7 @@ func (d *daemon) run(t *testing.T, entries ...Entry) {
 	listens, served := make(chan struct{}), make(chan error, 1)
 	d.stop, d.served = cancel, served
 	go func() {
-		served <- Serve(ctx, Options{Dir: d.dir, Version: "v", Entries: entries, Start: d.start, Ready: func() { close(listens) }})
+		served <- Serve(ctx, Options{Dir: d.dir, Version: "v", Entries: entries, Start: d.start, Ready: func() { close(listens) }, calm: d.calm})
 	}()
 	select {
 	case <-listens:

@@ -79,6 +79,9 @@ type Options struct {
 	Start func(dir string, control, log *os.File) (Process, error)
 	// Ready, if not nil, is called when claims are served.
 	Ready func()
+
+	// calm, if not zero, has other times than quietTime and patience.
+	calm calm
 }
 
 // factory is the daemon.
@@ -88,12 +91,14 @@ type factory struct {
 	begun  time.Time
 	spaces []string
 	kick   chan struct{} // one token: there may be something to refill
+	claims chan struct{} // one token: somebody has claimed something
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
 
 	mu        sync.Mutex // guards the fields below, and those of entries and standbys
 	entries   []*entry
 	next      int // number of the next standby's directory
+	calm      calm
 	unfit     uint64
 	lastUnfit string
 	ended     bool
@@ -161,7 +166,10 @@ func Serve(ctx context.Context, o Options) (err error) {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	f := &factory{o: o, begun: time.Now(), spaces: namespaces(), kick: make(chan struct{}, 1), stop: stop, next: 1}
+	f := &factory{o: o, begun: time.Now(), spaces: namespaces(), kick: make(chan struct{}, 1), claims: make(chan struct{}, 1), calm: o.calm, stop: stop, next: 1}
+	if f.calm == (calm{}) {
+		f.calm = calm{quiet: quietTime, patience: patience}
+	}
 	for _, e := range o.Entries {
 		f.entries = append(f.entries, &entry{Entry: e})
 	}
@@ -401,6 +409,7 @@ func (f *factory) serve(ctx context.Context, conn *net.UnixConn) {
 	}
 	switch a := req.Ask.(type) {
 	case *supervisorv1.FactoryRequest_Claim:
+		f.disturbed()
 		if err := f.claim(a.Claim, &req, fds, conn); err != nil {
 			glog.V(1).Infof("factory: no supervisor for %s: %v", a.Claim.SandboxId, err)
 			_ = send(conn, &supervisorv1.ClaimAnswer{Refused: clip(err.Error())})
@@ -543,18 +552,19 @@ func (f *factory) wake() {
 	}
 }
 
-// keep fills the entries up, one standby at a time, and renews what is out of date.
+// keep fills the entries up, one standby at a time and not while containers are
+// started, and renews what is out of date.
 func (f *factory) keep(ctx context.Context) {
 	tick := time.NewTicker(renewEvery)
 	defer tick.Stop()
 	for {
 		e, later := f.lacking()
+		if rest := f.still(); e != nil && rest > 0 {
+			e, later = nil, rest
+		}
 		if e != nil && ctx.Err() == nil {
 			if s := f.start(ctx, e); s != nil {
-				select {
-				case <-s.settled:
-				case <-ctx.Done():
-				}
+				f.attend(ctx, s)
 			}
 			continue
 		}

@@ -24,6 +24,7 @@ type Standby struct {
 	conn   *net.UnixConn
 	order  supervisorv1.StandbyOrder
 	offers chan offer
+	yields chan bool     // holds the latest that was not taken
 	gone   chan struct{} // closed when the factory will send nothing any more
 	closed chan struct{}
 	once   sync.Once
@@ -44,7 +45,7 @@ func OpenStandby(control *os.File) (*Standby, error) {
 	if err != nil {
 		return nil, fmt.Errorf("standby: control connection: %w", err)
 	}
-	s := &Standby{conn: conn, offers: make(chan offer), gone: make(chan struct{}), closed: make(chan struct{})}
+	s := &Standby{conn: conn, offers: make(chan offer), yields: make(chan bool, 1), gone: make(chan struct{}), closed: make(chan struct{})}
 	fds, err := receive(conn, &s.order)
 	if err == nil {
 		fds.close()
@@ -84,6 +85,11 @@ func (s *Standby) read() {
 		if err != nil {
 			return
 		}
+		if y := req.GetYield(); y != nil {
+			fds.close()
+			s.yield(y.Still)
+			continue
+		}
 		if req.GetClaim() == nil || len(fds) != claimFiles+1 || checkClaim(req.GetClaim()) != nil {
 			fds.close()
 			continue
@@ -96,6 +102,19 @@ func (s *Standby) read() {
 		}
 	}
 }
+
+// yield replaces one that nobody has taken yet. Only read calls it.
+func (s *Standby) yield(still bool) {
+	select {
+	case <-s.yields:
+	default:
+	}
+	s.yields <- still
+}
+
+// Yields tells a standby that is getting ready when it is to stand still (true),
+// because a container is being started, and when it may go on.
+func (s *Standby) Yields() <-chan bool { return s.yields }
 
 // Order is what the factory wants.
 func (s *Standby) Order() *supervisorv1.StandbyOrder { return &s.order }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/golang/glog"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -31,6 +32,9 @@ type StandbyOptions struct {
 	// VM is what is started, by Factory.
 	VM      *supervisorv1.VM
 	Factory FactoryFunc
+	// Yields, if not nil, tells when the VM's processors are to stand still
+	// (true), and when they may go on, until StartStandby returns.
+	Yields <-chan bool
 
 	newShare func(dir string, host *os.File) (sharer, error)
 }
@@ -70,29 +74,65 @@ func StartStandby(ctx context.Context, o StandbyOptions) (_ *Standby, err error)
 	cfg.ConsoleLog = filepath.Join(o.Dir, consoleName)
 	bctx, cancel := bootLimit(ctx, o.VM)
 	defer cancel()
-	b.machine, err = launch(bctx, cfg, launchOptions{vm: o.VM, factory: o.Factory, version: o.Version})
+	stop := func() {}
+	defer func() { stop() }()
+	b.machine, err = launch(bctx, cfg, launchOptions{vm: o.VM, factory: o.Factory, version: o.Version, started: func(m *machine) error {
+		stop = m.yield(ctx, o.Yields)
+		return nil
+	}})
 	if err != nil {
 		return nil, err
 	}
 	u.add(b.machine.close)
 	wctx, cancel := context.WithTimeoutCause(ctx, warmTime, status.Errorf(codes.DeadlineExceeded, "the guest was not warm within %v", warmTime))
 	defer cancel()
-	if err := b.warm(wctx); err != nil {
+	err = b.warm(wctx)
+	stop()
+	if err == nil {
+		err = b.machine.vm.Pause(wctx)
+	}
+	if err != nil {
 		return nil, b.machine.explain(err)
 	}
 	return b, nil
 }
 
-// warm lets the guest do once what the pod's first container will need, and stops
-// its processors: a VM that stands by uses no time.
+// yield lets the VM stand still when it is told to, until stop is called, which
+// waits for the end of that and leaves it as it is.
+func (m *machine) yield(ctx context.Context, yields <-chan bool) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			change := m.vm.Resume
+			select {
+			case still := <-yields:
+				if still {
+					change = m.vm.Pause
+				}
+			case <-ctx.Done():
+				return
+			}
+			// A VM that does not answer has other consequences.
+			if err := change(ctx); err != nil && ctx.Err() == nil {
+				glog.Warningf("standby: %v", err)
+			}
+		}
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
+// warm lets the guest do once what the pod's first container will need. Its
+// processors are stopped after that: a VM that stands by uses no time.
 func (b *Standby) warm(ctx context.Context) error {
 	if _, err := b.machine.client.Settle(ctx, &agentv1.SettleRequest{Shares: guestShares()}); err != nil {
 		return fmt.Errorf("warm the guest: %w", err)
 	}
-	if err := b.rehearse(ctx); err != nil {
-		return err
-	}
-	return b.machine.vm.Pause(ctx)
+	return b.rehearse(ctx)
 }
 
 // Process is the hypervisor's.

@@ -67,6 +67,30 @@ func TestStandbyRehearses(t *testing.T) {
 	<-p.vm().Done()
 }
 
+// A standby that is getting ready stands still when it is told to.
+func TestStandbyYields(t *testing.T) {
+	p := newPod(t, func(p *pod) {
+		b := p.standby()
+		defer b.Close()
+		yields := make(chan bool)
+		stop := b.machine.yield(t.Context(), yields)
+		for _, still := range []bool{false, true, false} {
+			yields <- still
+			for p.vm().Paused() != still && t.Context().Err() == nil {
+				runtime.Gosched()
+			}
+		}
+		stop()
+		select {
+		case yields <- true:
+			t.Error("it still listens")
+		default:
+		}
+	})
+	_ = p.life.Close()
+	<-p.served
+}
+
 // A standby that nobody has used goes with its pod.
 func TestStandbyWithoutCreate(t *testing.T) {
 	adopted := make(chan struct{})

@@ -74,7 +74,7 @@ func (x StandbyReport_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use StandbyReport_State.Descriptor instead.
 func (StandbyReport_State) EnumDescriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_factory_proto_rawDescGZIP(), []int{8, 0}
+	return file_api_supervisor_v1_factory_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // FactoryRequest is the one frame that a client of factory.sock sends before it
@@ -86,6 +86,7 @@ type FactoryRequest struct {
 	//	*FactoryRequest_Claim
 	//	*FactoryRequest_Status
 	//	*FactoryRequest_Stop
+	//	*FactoryRequest_Yield
 	Ask           isFactoryRequest_Ask `protobuf_oneof:"ask"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -155,6 +156,15 @@ func (x *FactoryRequest) GetStop() *FactoryStopRequest {
 	return nil
 }
 
+func (x *FactoryRequest) GetYield() *StandbyYield {
+	if x != nil {
+		if x, ok := x.Ask.(*FactoryRequest_Yield); ok {
+			return x.Yield
+		}
+	}
+	return nil
+}
+
 type isFactoryRequest_Ask interface {
 	isFactoryRequest_Ask()
 }
@@ -174,11 +184,17 @@ type FactoryRequest_Stop struct {
 	Stop *FactoryStopRequest `protobuf:"bytes,3,opt,name=stop,proto3,oneof"` // the answer is the end of the connection
 }
 
+type FactoryRequest_Yield struct {
+	Yield *StandbyYield `protobuf:"bytes,4,opt,name=yield,proto3,oneof"` // only from a factory to a standby
+}
+
 func (*FactoryRequest_Claim) isFactoryRequest_Ask() {}
 
 func (*FactoryRequest_Status) isFactoryRequest_Ask() {}
 
 func (*FactoryRequest_Stop) isFactoryRequest_Ask() {}
+
+func (*FactoryRequest_Yield) isFactoryRequest_Ask() {}
 
 // Claim asks for a supervisor whose VM runs already.
 type Claim struct {
@@ -613,7 +629,7 @@ func (*FactoryStopRequest) Descriptor() ([]byte, []int) {
 
 // StandbyOrder is the first frame that a standby gets from its factory. Frames
 // after it are FactoryRequests with a claim, with the claim's descriptors and the
-// creator's connection behind them.
+// creator's connection behind them, or with a yield.
 type StandbyOrder struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
@@ -674,6 +690,53 @@ func (x *StandbyOrder) GetDebug() bool {
 	return false
 }
 
+// StandbyYield stops the processors of a standby that is getting ready, or lets
+// them go on: a container is being started meanwhile. It has no answer, and no
+// meaning for one that is ready.
+type StandbyYield struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Still         bool                   `protobuf:"varint,1,opt,name=still,proto3" json:"still,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StandbyYield) Reset() {
+	*x = StandbyYield{}
+	mi := &file_api_supervisor_v1_factory_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StandbyYield) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StandbyYield) ProtoMessage() {}
+
+func (x *StandbyYield) ProtoReflect() protoreflect.Message {
+	mi := &file_api_supervisor_v1_factory_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StandbyYield.ProtoReflect.Descriptor instead.
+func (*StandbyYield) Descriptor() ([]byte, []int) {
+	return file_api_supervisor_v1_factory_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *StandbyYield) GetStill() bool {
+	if x != nil {
+		return x.Still
+	}
+	return false
+}
+
 // StandbyReport is what a standby tells its factory.
 type StandbyReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -686,7 +749,7 @@ type StandbyReport struct {
 
 func (x *StandbyReport) Reset() {
 	*x = StandbyReport{}
-	mi := &file_api_supervisor_v1_factory_proto_msgTypes[8]
+	mi := &file_api_supervisor_v1_factory_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +761,7 @@ func (x *StandbyReport) String() string {
 func (*StandbyReport) ProtoMessage() {}
 
 func (x *StandbyReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_supervisor_v1_factory_proto_msgTypes[8]
+	mi := &file_api_supervisor_v1_factory_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +774,7 @@ func (x *StandbyReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StandbyReport.ProtoReflect.Descriptor instead.
 func (*StandbyReport) Descriptor() ([]byte, []int) {
-	return file_api_supervisor_v1_factory_proto_rawDescGZIP(), []int{8}
+	return file_api_supervisor_v1_factory_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StandbyReport) GetState() StandbyReport_State {
@@ -739,11 +802,12 @@ var File_api_supervisor_v1_factory_proto protoreflect.FileDescriptor
 
 const file_api_supervisor_v1_factory_proto_rawDesc = "" +
 	"\n" +
-	"\x1fapi/supervisor/v1/factory.proto\x12\x12runv.supervisor.v1\x1a\"api/supervisor/v1/supervisor.proto\"\xcc\x01\n" +
+	"\x1fapi/supervisor/v1/factory.proto\x12\x12runv.supervisor.v1\x1a\"api/supervisor/v1/supervisor.proto\"\x86\x02\n" +
 	"\x0eFactoryRequest\x121\n" +
 	"\x05claim\x18\x01 \x01(\v2\x19.runv.supervisor.v1.ClaimH\x00R\x05claim\x12B\n" +
 	"\x06status\x18\x02 \x01(\v2(.runv.supervisor.v1.FactoryStatusRequestH\x00R\x06status\x12<\n" +
-	"\x04stop\x18\x03 \x01(\v2&.runv.supervisor.v1.FactoryStopRequestH\x00R\x04stopB\x05\n" +
+	"\x04stop\x18\x03 \x01(\v2&.runv.supervisor.v1.FactoryStopRequestH\x00R\x04stop\x128\n" +
+	"\x05yield\x18\x04 \x01(\v2 .runv.supervisor.v1.StandbyYieldH\x00R\x05yieldB\x05\n" +
 	"\x03ask\"\xb2\x01\n" +
 	"\x05Claim\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
@@ -787,7 +851,9 @@ const file_api_supervisor_v1_factory_proto_rawDesc = "" +
 	"\fStandbyOrder\x12\x10\n" +
 	"\x03dir\x18\x01 \x01(\tR\x03dir\x12&\n" +
 	"\x02vm\x18\x02 \x01(\v2\x16.runv.supervisor.v1.VMR\x02vm\x12\x14\n" +
-	"\x05debug\x18\x03 \x01(\bR\x05debug\"\xd9\x01\n" +
+	"\x05debug\x18\x03 \x01(\bR\x05debug\"$\n" +
+	"\fStandbyYield\x12\x14\n" +
+	"\x05still\x18\x01 \x01(\bR\x05still\"\xd9\x01\n" +
 	"\rStandbyReport\x12=\n" +
 	"\x05state\x18\x01 \x01(\x0e2'.runv.supervisor.v1.StandbyReport.StateR\x05state\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12+\n" +
@@ -812,7 +878,7 @@ func file_api_supervisor_v1_factory_proto_rawDescGZIP() []byte {
 }
 
 var file_api_supervisor_v1_factory_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_supervisor_v1_factory_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_api_supervisor_v1_factory_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_supervisor_v1_factory_proto_goTypes = []any{
 	(StandbyReport_State)(0),     // 0: runv.supervisor.v1.StandbyReport.State
 	(*FactoryRequest)(nil),       // 1: runv.supervisor.v1.FactoryRequest
@@ -823,27 +889,29 @@ var file_api_supervisor_v1_factory_proto_goTypes = []any{
 	(*FactoryEntry)(nil),         // 6: runv.supervisor.v1.FactoryEntry
 	(*FactoryStopRequest)(nil),   // 7: runv.supervisor.v1.FactoryStopRequest
 	(*StandbyOrder)(nil),         // 8: runv.supervisor.v1.StandbyOrder
-	(*StandbyReport)(nil),        // 9: runv.supervisor.v1.StandbyReport
-	(*VM)(nil),                   // 10: runv.supervisor.v1.VM
-	(*StandIn)(nil),              // 11: runv.supervisor.v1.StandIn
+	(*StandbyYield)(nil),         // 9: runv.supervisor.v1.StandbyYield
+	(*StandbyReport)(nil),        // 10: runv.supervisor.v1.StandbyReport
+	(*VM)(nil),                   // 11: runv.supervisor.v1.VM
+	(*StandIn)(nil),              // 12: runv.supervisor.v1.StandIn
 }
 var file_api_supervisor_v1_factory_proto_depIdxs = []int32{
 	2,  // 0: runv.supervisor.v1.FactoryRequest.claim:type_name -> runv.supervisor.v1.Claim
 	4,  // 1: runv.supervisor.v1.FactoryRequest.status:type_name -> runv.supervisor.v1.FactoryStatusRequest
 	7,  // 2: runv.supervisor.v1.FactoryRequest.stop:type_name -> runv.supervisor.v1.FactoryStopRequest
-	10, // 3: runv.supervisor.v1.Claim.vm:type_name -> runv.supervisor.v1.VM
-	11, // 4: runv.supervisor.v1.ClaimAnswer.supervisor:type_name -> runv.supervisor.v1.StandIn
-	6,  // 5: runv.supervisor.v1.FactoryStatus.entries:type_name -> runv.supervisor.v1.FactoryEntry
-	10, // 6: runv.supervisor.v1.FactoryEntry.vm:type_name -> runv.supervisor.v1.VM
-	11, // 7: runv.supervisor.v1.FactoryEntry.supervisors:type_name -> runv.supervisor.v1.StandIn
-	10, // 8: runv.supervisor.v1.StandbyOrder.vm:type_name -> runv.supervisor.v1.VM
-	0,  // 9: runv.supervisor.v1.StandbyReport.state:type_name -> runv.supervisor.v1.StandbyReport.State
-	11, // 10: runv.supervisor.v1.StandbyReport.vm:type_name -> runv.supervisor.v1.StandIn
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	9,  // 3: runv.supervisor.v1.FactoryRequest.yield:type_name -> runv.supervisor.v1.StandbyYield
+	11, // 4: runv.supervisor.v1.Claim.vm:type_name -> runv.supervisor.v1.VM
+	12, // 5: runv.supervisor.v1.ClaimAnswer.supervisor:type_name -> runv.supervisor.v1.StandIn
+	6,  // 6: runv.supervisor.v1.FactoryStatus.entries:type_name -> runv.supervisor.v1.FactoryEntry
+	11, // 7: runv.supervisor.v1.FactoryEntry.vm:type_name -> runv.supervisor.v1.VM
+	12, // 8: runv.supervisor.v1.FactoryEntry.supervisors:type_name -> runv.supervisor.v1.StandIn
+	11, // 9: runv.supervisor.v1.StandbyOrder.vm:type_name -> runv.supervisor.v1.VM
+	0,  // 10: runv.supervisor.v1.StandbyReport.state:type_name -> runv.supervisor.v1.StandbyReport.State
+	12, // 11: runv.supervisor.v1.StandbyReport.vm:type_name -> runv.supervisor.v1.StandIn
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_api_supervisor_v1_factory_proto_init() }
@@ -856,6 +924,7 @@ func file_api_supervisor_v1_factory_proto_init() {
 		(*FactoryRequest_Claim)(nil),
 		(*FactoryRequest_Status)(nil),
 		(*FactoryRequest_Stop)(nil),
+		(*FactoryRequest_Yield)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -863,7 +932,7 @@ func file_api_supervisor_v1_factory_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_supervisor_v1_factory_proto_rawDesc), len(file_api_supervisor_v1_factory_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
