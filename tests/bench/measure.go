@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -156,7 +157,10 @@ func (b *bench) round(ctx context.Context, r *contender) error {
 	if err := b.stocked(ctx, r); err != nil {
 		return err
 	}
-	if err := b.once(ctx, r); err != nil {
+	if err := b.once(ctx, r, "run"); err != nil {
+		return err
+	}
+	if err := b.refill(ctx, r); err != nil {
 		return err
 	}
 	if err := b.stocked(ctx, r); err != nil {
@@ -171,8 +175,8 @@ func (b *bench) round(ctx context.Context, r *contender) error {
 	return b.firstByte(ctx, r)
 }
 
-// once runs a container that ends at once.
-func (b *bench) once(ctx context.Context, r *contender) error {
+// once runs a container that ends at once, as an operation of that name.
+func (b *bench) once(ctx context.Context, r *contender, operation string) error {
 	id := b.id(r)
 	c, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{in: r.in})
 	if err != nil {
@@ -180,7 +184,7 @@ func (b *bench) once(ctx context.Context, r *contender) error {
 		return err
 	}
 	b.forget(r, id)
-	b.result.add(r.name, "run", c.took)
+	b.result.add(r.name, operation, c.took)
 	return nil
 }
 
@@ -413,15 +417,22 @@ func (b *bench) crowd(ctx context.Context, r *contender, n int, window time.Dura
 // It goes by runtime: nobody else has a container meanwhile.
 func (b *bench) growth(ctx context.Context, limit time.Duration) {
 	began := time.Now()
-	for i, r := range b.available() {
+	// What the quick ones leave is for the slow ones.
+	order := b.available()
+	slices.SortStableFunc(order, func(x, y *contender) int { return cmp.Compare(b.startTime(x), b.startTime(y)) })
+	for i, r := range order {
 		if ctx.Err() != nil {
 			return
 		}
-		// What the quick ones leave is for the slow ones.
 		left := max(0, limit-time.Since(began))
-		share := left / time.Duration(len(b.available())-i)
+		share := left / time.Duration(len(order)-i)
 		b.grow(ctx, r, share)
 	}
+}
+
+// startTime is what a container of a runtime takes to start, in milliseconds.
+func (b *bench) startTime(r *contender) float64 {
+	return b.result.of(r.name, "create").Median + b.result.of(r.name, "start").Median
 }
 
 func (b *bench) grow(ctx context.Context, r *contender, limit time.Duration) {

@@ -244,6 +244,9 @@ func (r *result) tables() []table {
 		medians.rows, spread.rows = append(medians.rows, m), append(spread.rows, s)
 	}
 	ts = append(ts, medians)
+	if t, ok := r.claims(names); ok {
+		ts = append(ts, t)
+	}
 
 	for _, peer := range []string{"runc", "runsc"} {
 		if !slices.Contains(names, peer) {

@@ -34,6 +34,18 @@ func sample() *result {
 	return r
 }
 
+// Only pools have claims beside a refill.
+func TestClaims(t *testing.T) {
+	r := sample()
+	if strings.Contains(r.markdown(), "### Claims") {
+		t.Error("claims of nobody")
+	}
+	r.add("runv <cold>", refilling, 153*time.Millisecond)
+	if want, md := "| runv <cold> | 102 (101 to 103) | 153 (153 to 153) | 1.50 |", r.markdown(); !strings.Contains(md, want) {
+		t.Errorf("%q is missing in:\n%s", want, md)
+	}
+}
+
 func TestReport(t *testing.T) {
 	r := sample()
 	var text bytes.Buffer

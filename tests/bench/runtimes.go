@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -10,7 +9,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"time"
 )
 
 // contender is one runtime with its flags: a column of the result.
@@ -205,36 +203,6 @@ func (b *bench) try(ctx context.Context, r *contender) error {
 	defer b.remove(r, id)
 	_, err := b.children.run(ctx, r.command("run", "--bundle", r.bundle("true"), id), stdio{in: r.in})
 	return err
-}
-
-// stocked waits until a pool is full and so does nothing, which is not part of any
-// time.
-func (b *bench) stocked(ctx context.Context, r *contender) error {
-	if !r.pool {
-		return nil
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, commandLimit, errors.New("the pool stays empty"))
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		text, err := b.children.output(ctx, r.in, r.command("manage", "factory", "status", "--format", "json")...)
-		if err != nil {
-			return err
-		}
-		var status struct{ Size, Ready int }
-		if err := json.Unmarshal([]byte(text), &status); err != nil {
-			return fmt.Errorf("manage factory status: %w", err)
-		}
-		if status.Ready > 0 && status.Ready >= status.Size {
-			return nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
 }
 
 // version is the number in what --version prints first.
