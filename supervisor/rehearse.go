@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+	"github.com/hyperhq/runv/guest"
 	"github.com/hyperhq/runv/ocispec"
 )
 
@@ -24,6 +26,9 @@ const (
 	// rehearsals is how often: what an emulated processor runs for the first time
 	// it translates, and what it runs again it links.
 	rehearsals = 2
+	// rehearsalExec is the program of a further process, by a link as those of
+	// many images, to be found in PATH.
+	rehearsalExec = "true"
 )
 
 // rehearsing is a share that can offer the root of a rehearsal.
@@ -50,22 +55,26 @@ func (s *share) rehearsal(program []byte) (sharePath string, undo func(), err er
 			err = fmt.Errorf("make the root of a rehearsal: %w", err)
 		}
 	}()
-	for _, dir := range []string{"proc", "dev", "sys", "etc"} {
+	for _, dir := range []string{"proc", "dev", "sys", "etc", "bin"} {
 		if err := os.MkdirAll(filepath.Join(base, root, dir), 0o755); err != nil {
 			return "", nil, err
 		}
 	}
-	name := filepath.Join(base, root, "program")
-	if err := os.WriteFile(name, program, 0o755); err != nil {
+	for name, content := range map[string][]byte{"bin/program": program, "etc/passwd": []byte("root:x:0:0:root:/root:/bin/sh\n")} {
+		if err := os.WriteFile(filepath.Join(base, root, name), content, 0o600); err != nil {
+			return "", nil, err
+		}
+	}
+	if err := os.Symlink("program", filepath.Join(base, root, "bin", rehearsalExec)); err != nil {
 		return "", nil, err
 	}
 	// The umask of a supervisor leaves nothing to others.
-	return root, undo, os.Chmod(name, 0o755)
+	return root, undo, os.Chmod(filepath.Join(base, root, "bin/program"), 0o755)
 }
 
-// rehearse runs containers that do nothing, each with a further process, over
-// the same calls and the same share as those of a pod, before the guest is any
-// pod's.
+// rehearse runs containers that do nothing, each with a further process and all
+// streams, over the same calls and the same share as those of a pod, before the
+// guest is any pod's.
 func (b *Standby) rehearse(ctx context.Context) error {
 	sh, ok := b.share.(rehearsing)
 	if !ok {
@@ -78,7 +87,7 @@ func (b *Standby) rehearse(ctx context.Context) error {
 	defer undo()
 	spec := ocispec.Example(false)
 	spec.Process.Terminal = false
-	spec.Process.Args = []string{"/program", "wait"}
+	spec.Process.Args = []string{"/bin/program", "wait"}
 	// The root is read-only without a mount of its own.
 	req, err := ocispec.Translate(spec, ocispec.Options{ID: rehearsalID, Bundle: "/"})
 	if err != nil {
@@ -86,7 +95,7 @@ func (b *Standby) rehearse(ctx context.Context) error {
 	}
 	c := req.Container
 	c.Rootfs.SharePath = root
-	c.Stdio = &agentv1.Stdio{Stdout: true}
+	c.Stdio = allStreams()
 	for range rehearsals {
 		if err := b.rehearseOnce(ctx, c); err != nil {
 			return fmt.Errorf("rehearse: %w", err)
@@ -104,23 +113,42 @@ func (b *Standby) rehearseOnce(ctx context.Context, req *agentv1.CreateContainer
 		_, derr := g.DeleteContainer(ctx, &agentv1.DeleteContainerRequest{ContainerId: id})
 		err = errors.Join(err, derr)
 	}()
-	out, err := g.OpenStream(ctx, &agentv1.StreamHeader{Kind: agentv1.StreamHeader_KIND_STDOUT, ContainerId: id})
+	streams, err := b.openStreams(ctx, id, "")
 	if err != nil {
 		return err
 	}
-	defer out.Close()
+	defer streams.close()
 	if _, err := g.StartContainer(ctx, &agentv1.StartContainerRequest{ContainerId: id}); err != nil {
 		return err
 	}
+	if err := b.rehearseExec(ctx, req); err != nil {
+		return err
+	}
+	if _, err := g.SignalProcess(ctx, &agentv1.SignalProcessRequest{ContainerId: id, Signal: uint32(unix.SIGKILL)}); err != nil {
+		return err
+	}
+	if _, err = g.WaitProcess(ctx, &agentv1.WaitProcessRequest{ContainerId: id}); err != nil {
+		return err
+	}
+	return streams.drain()
+}
+
+// rehearseExec runs a further process in the container, as an exec does.
+func (b *Standby) rehearseExec(ctx context.Context, req *agentv1.CreateContainerRequest) error {
+	g, id, p := b.machine.client, req.ContainerId, req.Process
 	const exec = "exec"
-	p := req.Process
-	_, err = g.Exec(ctx, &agentv1.ExecRequest{
-		ContainerId: id, ExecId: exec, Stdio: &agentv1.Stdio{},
-		Process: &agentv1.Process{Args: []string{"/program"}, Cwd: p.Cwd, Env: p.Env, User: p.User, Capabilities: p.Capabilities, NoNewPrivileges: p.NoNewPrivileges},
+	_, err := g.Exec(ctx, &agentv1.ExecRequest{
+		ContainerId: id, ExecId: exec, Stdio: allStreams(),
+		Process: &agentv1.Process{Args: []string{rehearsalExec}, Cwd: p.Cwd, Env: p.Env, User: p.User, Capabilities: p.Capabilities, NoNewPrivileges: p.NoNewPrivileges},
 	})
 	if err != nil {
 		return err
 	}
+	streams, err := b.openStreams(ctx, id, exec)
+	if err != nil {
+		return err
+	}
+	defer streams.close()
 	r, err := g.WaitProcess(ctx, &agentv1.WaitProcessRequest{ContainerId: id, ExecId: exec})
 	if err != nil {
 		return err
@@ -128,9 +156,39 @@ func (b *Standby) rehearseOnce(ctx context.Context, req *agentv1.CreateContainer
 	if r.ExitCode != 0 || r.Signal != 0 {
 		return status.Errorf(codes.Internal, "the program ended with status %d, signal %d", r.ExitCode, r.Signal)
 	}
-	if _, err := g.SignalProcess(ctx, &agentv1.SignalProcessRequest{ContainerId: id, Signal: uint32(unix.SIGKILL)}); err != nil {
-		return err
+	return streams.drain()
+}
+
+func allStreams() *agentv1.Stdio { return &agentv1.Stdio{Stdin: true, Stdout: true, Stderr: true} }
+
+// rehearsalStreams are those of one process.
+type rehearsalStreams []*guest.Stream
+
+func (b *Standby) openStreams(ctx context.Context, id, exec string) (rehearsalStreams, error) {
+	var all rehearsalStreams
+	for _, kind := range []agentv1.StreamHeader_Kind{agentv1.StreamHeader_KIND_STDIN, agentv1.StreamHeader_KIND_STDOUT, agentv1.StreamHeader_KIND_STDERR} {
+		s, err := b.machine.client.OpenStream(ctx, &agentv1.StreamHeader{Kind: kind, ContainerId: id, ExecId: exec})
+		if err != nil {
+			all.close()
+			return nil, err
+		}
+		all = append(all, s)
 	}
-	_, err = g.WaitProcess(ctx, &agentv1.WaitProcessRequest{ContainerId: id})
-	return err
+	return all, nil
+}
+
+// drain waits for the ends of all of them: nothing is written.
+func (all rehearsalStreams) drain() error {
+	for _, s := range all {
+		if n, err := s.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+			return fmt.Errorf("a stream of the program did not end: %d bytes, %w", n, err)
+		}
+	}
+	return nil
+}
+
+func (all rehearsalStreams) close() {
+	for _, s := range all {
+		_ = s.Close()
+	}
 }

@@ -35,7 +35,8 @@ import (
 //	trap          runs until SIGKILL
 //	spam N        prints N bytes
 //	oom           is killed for want of memory
-//	/program wait runs until it is killed, without "wait" it ends: a rehearsal's
+//	true          ends
+//	/bin/program  runs until it is killed: a rehearsal's
 //	absent        cannot be executed
 //
 // The zero value is ready to use.
@@ -420,10 +421,8 @@ func (s *service) run(k key, p *process) {
 	case "exit":
 		n, _ := strconv.Atoi(args[1])
 		p.result.ExitCode = uint32(n)
-	case "/program":
-		if len(args) > 1 {
-			killed(<-p.signals)
-		}
+	case "/bin/program":
+		killed(<-p.signals)
 	case "sleep", "trap":
 		for {
 			select {
