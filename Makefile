@@ -108,7 +108,7 @@ test-clients: setup guest ## Use runv as its clients do: containerd, Podman, …
 bench: guest ## Measure runv beside runc, crun and runsc (as root); BENCH='--quick' or other flags
 	@tests/bench/setup.sh
 	@mkdir -p $(CACHE)/bin
-	@$(GO) build -o $(CACHE)/bin/runv-bench ./tests/bench
+	@CGO_ENABLED=0 $(GO) build -o $(CACHE)/bin/runv-bench ./tests/bench
 	@$(CACHE)/bin/runv-bench --runv $(RUNV_BIN) --kernel $(RUNV_TEST_KERNEL) --initrd $(RUNV_TEST_INITRD) $(BENCH)
 
 .PHONY: fuzz

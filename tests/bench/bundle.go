@@ -21,6 +21,18 @@ var bundles = map[string][]string{
 // file system, which no other runtime uses.
 func makeBundles(dir, busybox string) error {
 	rootfs := filepath.Join(dir, "rootfs")
+	if err := makeRootfs(rootfs, busybox); err != nil {
+		return err
+	}
+	for name, args := range bundles {
+		if err := makeBundle(filepath.Join(dir, name), config(rootfs, args)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func makeRootfs(rootfs, busybox string) error {
 	for _, d := range []string{"bin", "dev", "etc", "proc", "sys", "tmp", "root"} {
 		if err := os.MkdirAll(filepath.Join(rootfs, d), 0o755); err != nil {
 			return err
@@ -34,20 +46,18 @@ func makeBundles(dir, busybox string) error {
 			return err
 		}
 	}
-	for name, args := range bundles {
-		text, err := json.MarshalIndent(config(rootfs, args), "", "  ")
-		if err != nil {
-			return err
-		}
-		bundle := filepath.Join(dir, name)
-		if err := os.Mkdir(bundle, 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(bundle, "config.json"), text, 0o644); err != nil {
-			return err
-		}
-	}
 	return nil
+}
+
+func makeBundle(bundle string, spec *specs.Spec) error {
+	text, err := json.MarshalIndent(spec, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(bundle, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(bundle, "config.json"), text, 0o644)
 }
 
 func copyFile(to, from string) error {

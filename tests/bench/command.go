@@ -47,12 +47,12 @@ func newChildren() (*children, error) {
 // start forks and returns the pid and where its end is delivered. The new
 // process is a session of its own: a terminal's interrupt is this program's
 // affair.
-func (c *children) start(argv []string, io stdio, files [3]uintptr) (pid int, _ <-chan exit, err error) {
+func (c *children) start(argv []string, io stdio, files ...uintptr) (pid int, _ <-chan exit, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	io.in.do(func() {
 		pid, err = syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{
-			Dir: "/", Env: os.Environ(), Files: files[:], Sys: &syscall.SysProcAttr{Setsid: true},
+			Dir: "/", Env: os.Environ(), Files: files, Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: io.atDeath},
 		})
 	})
 	if err != nil {
@@ -135,6 +135,8 @@ type call struct {
 type stdio struct {
 	out *os.File
 	in  *namespace
+	// atDeath is the signal that it gets when the thread of in ends.
+	atDeath syscall.Signal
 }
 
 // run runs a command to its end. A status other than 0 is an error with the last
@@ -161,7 +163,7 @@ func (c *children) run(ctx context.Context, argv []string, io stdio) (call, erro
 	}
 
 	began := time.Now()
-	pid, done, err := c.start(argv, io, [3]uintptr{null.Fd(), out.Fd(), stderr.Fd()})
+	pid, done, err := c.start(argv, io, null.Fd(), out.Fd(), stderr.Fd())
 	if err != nil {
 		return call{}, err
 	}
@@ -186,6 +188,31 @@ func (c *children) run(ctx context.Context, argv []string, io stdio) (call, erro
 		how += ": " + last
 	}
 	return r, fmt.Errorf("%s: %s", commandLine(argv), how)
+}
+
+// background starts a process that goes on until it is stopped, or the namespace
+// or this program ends. Both its outputs are io.out; file is its descriptor 3.
+func (c *children) background(argv []string, io stdio, file *os.File) (pid int, stop func(), err error) {
+	io.atDeath = syscall.SIGKILL
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer null.Close()
+	pid, done, err := c.start(argv, io, null.Fd(), io.out.Fd(), io.out.Fd(), file.Fd())
+	if err != nil {
+		return 0, nil, err
+	}
+	return pid, func() {
+		select {
+		case <-done:
+		default:
+			// It has not been waited for, or was this moment: then nobody else has
+			// the pid yet.
+			_ = unix.Kill(pid, unix.SIGKILL)
+			<-done
+		}
+	}, nil
 }
 
 // output runs a command and returns what it wrote to standard output.

@@ -125,7 +125,4 @@ func TestCommandLine(t *testing.T) {
 			t.Errorf("%s: %s, want %s", r.name, got, want[r.name])
 		}
 	}
-	if some := peers(options{only: []string{"crun", "runv cold"}}); len(some) != 2 {
-		t.Errorf("--only took %d", len(some))
-	}
 }

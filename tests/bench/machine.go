@@ -1,14 +1,20 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec" // only to look up programs, see children
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
+
+const noKVM = "not available"
 
 // machine is where the measurement was made.
 type machine struct {
@@ -28,7 +34,7 @@ func (m machine) String() string {
 }
 
 func describe(dir string) machine {
-	m := machine{CPU: "unknown CPU", Cores: runtime.NumCPU(), KVM: "not available", State: "disk"}
+	m := machine{CPU: "unknown CPU", Cores: runtime.NumCPU(), KVM: noKVM, State: "disk"}
 	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(text)) {
 			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
@@ -42,8 +48,7 @@ func describe(dir string) machine {
 	if unix.Uname(&u) == nil {
 		m.Kernel = unix.ByteSliceToString(u.Release[:])
 	}
-	// Only a sign: runv decides by running code, and the result says which
-	// accelerator it took.
+	// Only a sign: runv decides by running code, see kvm.
 	if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err == nil {
 		_ = f.Close()
 		m.KVM = "device present"
@@ -51,8 +56,50 @@ func describe(dir string) machine {
 	if onTmpfs(dir) {
 		m.State = "tmpfs"
 	}
-	m.Load[0] = load()
+	m.Load[0] = loadAverage()
 	return m
+}
+
+// kvm asks runv whether KVM works, where there is one.
+func (b *bench) kvm(ctx context.Context, m *machine) {
+	if b.checked == "" {
+		path, err := exec.LookPath(b.o.runv)
+		if err == nil {
+			path, err = filepath.Abs(path)
+		}
+		if err != nil {
+			return
+		}
+		// It fails where no container can run, with an answer.
+		text, _ := b.children.output(ctx, nil, path, "check", "--format", "json")
+		b.checked = kvmState(text)
+	}
+	if m.KVM != noKVM && b.checked != "" {
+		m.KVM = b.checked
+	}
+}
+
+// kvmState reads the answer of runv's check.
+func kvmState(text string) string {
+	var check struct {
+		Verdicts []struct {
+			Name string
+			OK   bool
+		}
+	}
+	if json.Unmarshal([]byte(text), &check) != nil {
+		return ""
+	}
+	for _, v := range check.Verdicts {
+		switch {
+		case v.Name != "kvm":
+		case v.OK:
+			return "works"
+		default:
+			return "does not work"
+		}
+	}
+	return ""
 }
 
 func onTmpfs(dir string) bool {
@@ -78,7 +125,7 @@ func meminfo(key string) int64 {
 	return 0
 }
 
-func load() float64 {
+func loadAverage() float64 {
 	text, err := os.ReadFile("/proc/loadavg")
 	if err != nil {
 		return 0

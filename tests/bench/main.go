@@ -1,6 +1,6 @@
 // Command bench measures runv beside runc, crun and runsc in one run: the time of
 // every command, of a container's first output, the memory of idle containers,
-// and how both grow. It knows the runtimes by their command line only.
+// and how both grow; then the network and the files of a container. It knows the runtimes by their command line only.
 // docs/performance.md says how, and how to read the result.
 package main
 
@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hyperhq/runv/tests/bench/load"
 )
 
 // options are the flags.
@@ -34,13 +36,25 @@ type options struct {
 	atOnce, grow   []int
 	time, tryLimit time.Duration
 
-	dir                 string
+	networkTime, storageTime time.Duration
+	files                    int
+	fileSize                 int64
+
+	dir, storageDir     string
 	json, markdown, svg string
 	from                string
 	quiet               bool
 }
 
-func main() { os.Exit(benchMain(os.Args[1:])) }
+func main() {
+	if filepath.Base(os.Args[0]) != load.Program {
+		os.Exit(benchMain(os.Args[1:]))
+	}
+	if err := load.Main(os.Args[1:], os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, load.Program+":", err)
+		os.Exit(1)
+	}
+}
 
 func parse(args []string) (options, error) {
 	o := options{}
@@ -60,7 +74,7 @@ func parse(args []string) (options, error) {
 		return nil
 	})
 	f.StringVar(&o.runscFlags, "runsc-flags", "", "global `flags` of runsc; empty: the first of a few sets that works")
-	f.Func("only", "`names` of the columns to measure, separated by commas", func(s string) error {
+	f.Func("only", "`names` of what to measure, separated by commas: of parts (starts, network, storage), of columns, or both", func(s string) error {
 		o.only = strings.Split(s, ",")
 		return nil
 	})
@@ -69,8 +83,13 @@ func parse(args []string) (options, error) {
 	f.IntVar(&o.passes, "passes", 3, "how often starts per second are measured")
 	atOnce := f.String("at-once", "1,2,4,8", "how many starts at once")
 	grow := f.String("grow", "1,2,5,10,20,30,40,50", "with how many idle containers memory is measured")
-	f.DurationVar(&o.time, "time", 9*time.Minute, "when to leave out the rest")
+	f.DurationVar(&o.time, "time", 9*time.Minute, "when to leave out the rest of the starts")
+	f.DurationVar(&o.networkTime, "network-time", 2*time.Minute, "how long to measure the network")
+	f.DurationVar(&o.storageTime, "storage-time", 6*time.Minute, "when to leave out further rounds of the storage")
+	f.IntVar(&o.files, "files", 5000, "how many files are unpacked and found again")
+	mib := f.Int64("file-size", 64, "`MiB` that are read and written")
 	f.StringVar(&o.dir, "dir", "", "where to make a `directory` for everything; empty: a tmpfs if there is one")
+	f.StringVar(&o.storageDir, "storage-dir", "/var/tmp", "where to make a `directory` for what is read and written")
 	f.StringVar(&o.json, "json", "", "write the result to this `file`")
 	f.StringVar(&o.markdown, "markdown", "", "write the tables to this `file`, between its marks if it has them")
 	f.StringVar(&o.svg, "svg", "", "write a plot to this `file`")
@@ -89,6 +108,8 @@ func parse(args []string) (options, error) {
 		for name, set := range map[string]func(){
 			"rounds": func() { o.rounds = 3 }, "passes": func() { o.passes = 1 }, "at-once": func() { *atOnce = "1,2" },
 			"grow": func() { *grow = "1,2" }, "time": func() { o.time = 40 * time.Second },
+			"network-time": func() { o.networkTime = 10 * time.Second }, "storage-time": func() { o.storageTime = 20 * time.Second },
+			"files": func() { o.files = 200 }, "file-size": func() { *mib = 8 },
 		} {
 			if !given[name] {
 				set()
@@ -102,8 +123,17 @@ func parse(args []string) (options, error) {
 	if o.grow, err = numbers(*grow); err != nil {
 		return o, fmt.Errorf("--grow: %w", err)
 	}
-	if o.rounds < 1 || o.passes < 1 || o.time <= 0 {
-		return o, errors.New("--rounds, --passes and --time must be positive")
+	if o.rounds < 1 || o.passes < 1 || o.time <= 0 || o.networkTime <= 0 || o.storageTime <= 0 {
+		return o, errors.New("--rounds, --passes and all times must be positive")
+	}
+	if *mib < 1 || *mib > 1<<10 || o.files < 1 || o.files > 100_000 {
+		return o, errors.New("--file-size must be from 1 to 1024, --files from 1 to 100000")
+	}
+	o.fileSize = *mib << 20
+	for _, name := range o.only {
+		if !slices.Contains(parts, name) && !slices.ContainsFunc(parts, func(p string) bool { return slices.Contains(o.columns(p), name) }) {
+			return o, fmt.Errorf("--only: there is no %q: the parts are %s; columns are, among others, %s", name, strings.Join(parts, ", "), strings.Join(o.columns(partStarts), ", "))
+		}
 	}
 	for _, p := range []*string{&o.kernel, &o.initrd} {
 		if *p == "" {
@@ -114,6 +144,37 @@ func parse(args []string) (options, error) {
 		}
 	}
 	return o, nil
+}
+
+// columns are the names of all columns of a part.
+func (o options) columns(part string) []string {
+	var names []string
+	switch part {
+	case partStarts:
+		for _, r := range peers(o) {
+			names = append(names, r.name)
+		}
+	case partNetwork:
+		names = networkColumns
+	case partStorage:
+		for _, d := range disks(o) {
+			names = append(names, d.name)
+		}
+	}
+	return names
+}
+
+// wants tells whether a column is to be measured: all are if none is named.
+func (o options) wants(column string) bool {
+	named := slices.DeleteFunc(slices.Clone(o.only), func(n string) bool { return slices.Contains(parts, n) })
+	return len(named) == 0 || slices.Contains(named, column)
+}
+
+// does tells whether a part is to be measured: all are if none is named, as far as
+// they have columns to measure.
+func (o options) does(part string) bool {
+	named := slices.ContainsFunc(o.only, func(n string) bool { return slices.Contains(parts, n) })
+	return (!named || slices.Contains(o.only, part)) && slices.ContainsFunc(o.columns(part), o.wants)
 }
 
 // numbers are in ascending order, without repetitions.
@@ -181,10 +242,17 @@ func do(o options) error {
 	for _, e := range []error{b.result.text(os.Stdout), b.result.save(o)} {
 		err = errors.Join(err, e)
 	}
-	if len(b.available()) == 0 {
+	n := len(b.result.Failures)
+	if o.does(partStarts) && len(b.available()) == 0 {
 		err = errors.Join(err, errors.New("no runtime is available"))
 	}
-	if n := len(b.result.Failures); n > 0 {
+	for _, p := range b.result.Parts {
+		n += len(p.Failures)
+		if len(p.present()) == 0 {
+			err = errors.Join(err, fmt.Errorf("%s: nothing is available", p.Name))
+		}
+	}
+	if n > 0 {
 		err = errors.Join(err, fmt.Errorf("%d measurements failed", n))
 	}
 	return err

@@ -26,6 +26,9 @@ type bench struct {
 	dir      string // of this run; its name is in every container's id
 	busybox  string
 	all      []*contender
+	others   []*contender // of the further parts
+	dirs     []string     // further directories of this run
+	checked  string       // what runv says of KVM; empty: nothing yet
 	result   *result
 	progress func(format string, args ...any)
 
@@ -55,18 +58,11 @@ func newBench(o options, progress func(string, ...any)) (*bench, error) {
 	if err := os.Chmod(b.dir, 0o755); err != nil {
 		return nil, err
 	}
-	b.all = peers(o)
+	b.all = slices.DeleteFunc(peers(o), func(r *contender) bool { return !o.wants(r.name) })
 	for i, r := range b.all {
-		r.dir = filepath.Join(b.dir, strconv.Itoa(i))
-		// crun refuses hosts that mount both versions of cgroups.
-		if r.program != "crun" || !hybridCgroups() {
-			continue
-		}
-		if r.in, err = onlyCgroup2(); err != nil {
+		if err := b.place(r, filepath.Join(b.dir, strconv.Itoa(i))); err != nil {
 			return nil, errors.Join(err, os.RemoveAll(b.dir))
 		}
-		r.note = "cgroup v2 alone"
-		b.undo = append(b.undo, func(context.Context) { r.in.close() })
 	}
 	b.result.Machine = describe(b.dir)
 	return b, nil
@@ -556,8 +552,9 @@ func (b *bench) available() []*contender {
 	return rs
 }
 
-// measure does everything and fills b.result, as far as ctx lets it.
-func (b *bench) measure(ctx context.Context) {
+// starts measures everything about starts and fills b.result, as far as ctx lets
+// it.
+func (b *bench) starts(ctx context.Context) {
 	began := time.Now()
 	for _, r := range b.all {
 		b.progress("looking for %s", r.name)
@@ -585,7 +582,7 @@ func (b *bench) measure(ctx context.Context) {
 	}
 	// What took longer than it should must not cost the others this.
 	b.growth(ctx, max(b.o.time-time.Since(began), b.o.time/4))
-	b.result.Machine.Load[1] = load()
+	b.result.Machine.Load[1] = loadAverage()
 	b.result.Seconds = time.Since(began).Seconds()
 }
 
@@ -609,7 +606,7 @@ func (b *bench) shown(r *contender) []string {
 func (b *bench) cleanUp() error {
 	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
 	defer cancel()
-	for _, r := range b.all {
+	for _, r := range slices.Concat(b.all, b.others) {
 		b.removeAll(r)
 	}
 	for i := len(b.undo) - 1; i >= 0; i-- {
@@ -620,12 +617,15 @@ func (b *bench) cleanUp() error {
 		err = errors.Join(err, fmt.Errorf("%d processes that the runtimes left behind were killed", killed))
 	}
 	err = errors.Join(err, removeCgroups("/sys/fs/cgroup", filepath.Base(b.dir)+"-"))
-	for _, m := range mountsBelow(b.dir) {
-		if uerr := unix.Unmount(m, unix.MNT_DETACH); uerr == nil {
-			err = errors.Join(err, fmt.Errorf("a mount that a runtime left behind was removed: %s", m))
+	for _, dir := range append(b.dirs, b.dir) {
+		for _, m := range mountsBelow(dir) {
+			if uerr := unix.Unmount(m, unix.MNT_DETACH); uerr == nil {
+				err = errors.Join(err, fmt.Errorf("a mount that a runtime left behind was removed: %s", m))
+			}
 		}
+		err = errors.Join(err, os.RemoveAll(dir))
 	}
-	return errors.Join(err, os.RemoveAll(b.dir))
+	return err
 }
 
 // killAll kills what descends from this process until there is nothing.

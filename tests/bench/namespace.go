@@ -8,30 +8,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespace is a thread with a mount namespace of its own. A child has the
-// namespaces of the thread that forked it, so what is started through it sees
-// that thread's mounts, and costs nothing more.
+// namespace is a thread with a mount or network namespace of its own. A child has
+// the namespaces of the thread that forked it, so what is started through it sees
+// that thread's mounts or network, and costs nothing more.
 type namespace struct {
 	calls chan func()
 	done  chan struct{}
 }
 
-// onlyCgroup2 is a namespace in which /sys/fs/cgroup is cgroup v2 and nothing
-// else.
-func onlyCgroup2() (*namespace, error) {
+// newNamespace starts a thread on which setUp is run first.
+func newNamespace(setUp func() error) (*namespace, error) {
 	n := &namespace{calls: make(chan func()), done: make(chan struct{})}
 	ready := make(chan error)
 	go func() {
 		defer close(n.done)
 		// Never unlocked: the thread ends with the goroutine.
 		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNS)
-		if err == nil {
-			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, "")
-		}
-		if err == nil {
-			err = unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, "")
-		}
+		err := setUp()
 		ready <- err
 		if err != nil {
 			return
@@ -40,7 +33,23 @@ func onlyCgroup2() (*namespace, error) {
 			f()
 		}
 	}()
-	if err := <-ready; err != nil {
+	return n, <-ready
+}
+
+// onlyCgroup2 is a namespace in which /sys/fs/cgroup is cgroup v2 and nothing
+// else.
+func onlyCgroup2() (*namespace, error) {
+	n, err := newNamespace(func() error {
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, "")
+		}
+		if err == nil {
+			err = unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, "")
+		}
+		return err
+	})
+	if err != nil {
 		return nil, fmt.Errorf("make a mount namespace with cgroup v2 alone: %w", err)
 	}
 	return n, nil

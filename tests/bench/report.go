@@ -28,6 +28,8 @@ type result struct {
 	// LeftOut says what was not measured and why, Failures what went wrong.
 	LeftOut  []string `json:"left_out,omitempty"`
 	Failures []string `json:"failures,omitempty"`
+	// Parts are those beside the one that all of the above is about.
+	Parts []*part `json:"parts,omitempty"`
 
 	mu sync.Mutex // guards what add, addRate, fail and leaveOut change
 }
@@ -212,18 +214,7 @@ func (r *result) tables() []table {
 	head := func(first ...string) []string { return append(first, names...) }
 	var ts []table
 
-	who := table{title: "Runtimes", rows: [][]string{{"runtime", "version", "flags", ""}}}
-	for _, c := range r.Runtimes {
-		state := "measured"
-		if c.Note != "" {
-			state += ", " + c.Note
-		}
-		if c.Why != "" {
-			state = "not available: " + c.Why
-		}
-		who.rows = append(who.rows, []string{c.Name, c.Version, strings.Join(c.Flags, " "), state})
-	}
-	ts = append(ts, who)
+	ts = append(ts, whoTable(r.Runtimes))
 
 	medians := table{title: "Times", note: "Medians in milliseconds.", rows: [][]string{head("operation")}}
 	spread := table{
@@ -348,6 +339,22 @@ func (r *result) tables() []table {
 	return ts
 }
 
+// whoTable tells what took part.
+func whoTable(columns []contenderInfo) table {
+	who := table{title: "Runtimes", rows: [][]string{{"runtime", "version", "flags", ""}}}
+	for _, c := range columns {
+		state := "measured"
+		if c.Note != "" {
+			state += ", " + c.Note
+		}
+		if c.Why != "" {
+			state = "not available: " + c.Why
+		}
+		who.rows = append(who.rows, []string{c.Name, c.Version, strings.Join(c.Flags, " "), state})
+	}
+	return who
+}
+
 // number has three significant digits, as far as the spread justifies any.
 func number(x float64) string {
 	switch {
@@ -361,8 +368,23 @@ func number(x float64) string {
 
 // text writes the report for a terminal.
 func (r *result) text(w io.Writer) error {
-	fmt.Fprintf(w, "%s. It took %.0f s.\n", r.Machine, r.Seconds)
-	for _, t := range r.tables() {
+	if len(r.Runtimes) > 0 {
+		fmt.Fprintf(w, "%s. It took %.0f s.\n", r.Machine, r.Seconds)
+		if err := textTables(w, r.tables()); err != nil {
+			return err
+		}
+		textLists(w, r.LeftOut, r.Failures)
+	}
+	for _, p := range r.Parts {
+		if err := p.text(w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func textTables(w io.Writer, ts []table) error {
+	for _, t := range ts {
 		fmt.Fprintf(w, "\n%s\n", strings.ToUpper(t.title))
 		if t.note != "" {
 			fmt.Fprintln(w, t.note)
@@ -375,45 +397,56 @@ func (r *result) text(w io.Writer) error {
 			return err
 		}
 	}
+	return nil
+}
+
+func textLists(w io.Writer, leftOut, failures []string) {
 	for _, l := range []struct {
 		title string
 		lines []string
-	}{{"LEFT OUT", r.LeftOut}, {"FAILURES", r.Failures}} {
+	}{{"LEFT OUT", leftOut}, {"FAILURES", failures}} {
 		if len(l.lines) > 0 {
 			fmt.Fprintf(w, "\n%s\n%s\n", l.title, strings.Join(l.lines, "\n"))
 		}
 	}
-	return nil
 }
 
-// markdown is the report for a document.
+// markdown is the report for a document, without the further parts.
 func (r *result) markdown() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Measured on %s, in %.0f s.\n", r.Machine, r.Seconds)
-	for _, t := range r.tables() {
-		fmt.Fprintf(&b, "\n### %s\n\n", t.title)
+	markdownTables(&b, r.tables(), "###")
+	markdownLists(&b, r.LeftOut, r.Failures, "###")
+	return b.String()
+}
+
+func markdownTables(b *strings.Builder, ts []table, heading string) {
+	for _, t := range ts {
+		fmt.Fprintf(b, "\n%s %s\n\n", heading, t.title)
 		if t.note != "" {
-			fmt.Fprintf(&b, "%s\n\n", t.note)
+			fmt.Fprintf(b, "%s\n\n", t.note)
 		}
 		for i, row := range t.rows {
-			fmt.Fprintf(&b, "| %s |\n", strings.Join(cells(row), " | "))
+			fmt.Fprintf(b, "| %s |\n", strings.Join(cells(row), " | "))
 			if i == 0 {
 				b.WriteString("|---|" + strings.Repeat("---:|", len(row)-1) + "\n")
 			}
 		}
 	}
+}
+
+func markdownLists(b *strings.Builder, leftOut, failures []string, heading string) {
 	for _, l := range []struct {
 		title string
 		lines []string
-	}{{"Left out", r.LeftOut}, {"Failures", r.Failures}} {
+	}{{"Left out", leftOut}, {"Failures", failures}} {
 		if len(l.lines) > 0 {
-			fmt.Fprintf(&b, "\n### %s\n\n", l.title)
+			fmt.Fprintf(b, "\n%s %s\n\n", heading, l.title)
 			for _, s := range l.lines {
-				fmt.Fprintf(&b, "- %s\n", s)
+				fmt.Fprintf(b, "- %s\n", s)
 			}
 		}
 	}
-	return b.String()
 }
 
 func cells(row []string) []string {
@@ -424,24 +457,58 @@ func cells(row []string) []string {
 	return out
 }
 
-// What markdown output replaces in a file that has both lines.
-const (
-	markBegin = "<!-- bench:begin -->"
-	markEnd   = "<!-- bench:end -->"
-)
+// marks are the lines between which markdown output is put in a file that has
+// both. The further parts have marks of their own.
+func marks(part string) (begin, end string) {
+	name := "bench"
+	if part != partStarts {
+		name += "-" + part
+	}
+	return "<!-- " + name + ":begin -->", "<!-- " + name + ":end -->"
+}
 
-// insert puts report between the marks of old, or is report alone if there are
-// none.
-func insert(old, report string) string {
-	before, rest, ok := strings.Cut(old, markBegin)
+// insert puts a part's report between its marks in old; ok tells whether there
+// are any.
+func insert(old, part, report string) (text string, ok bool) {
+	begin, end := marks(part)
+	before, rest, ok := strings.Cut(old, begin)
 	if !ok {
-		return report
+		return old, false
 	}
-	_, after, ok := strings.Cut(rest, markEnd)
+	_, after, ok := strings.Cut(rest, end)
 	if !ok {
-		return report
+		return old, false
 	}
-	return before + markBegin + "\n" + report + markEnd + after
+	return before + begin + "\n" + report + end + after, true
+}
+
+// document is what becomes of a document: each part that was measured goes
+// between its marks, and all of it goes to a document that has no marks.
+func (r *result) document(old, plot string) string {
+	type section struct{ part, title, text string }
+	var sections []section
+	if len(r.Runtimes) > 0 {
+		text := r.markdown()
+		if plot != "" {
+			text += fmt.Sprintf("\n![The same as a plot](%s)\n", plot)
+		}
+		sections = append(sections, section{partStarts, "", text})
+	}
+	for _, p := range r.Parts {
+		sections = append(sections, section{p.Name, "\n## " + p.title() + "\n\n", p.markdown()})
+	}
+	text, all, some := old, "", false
+	for _, s := range sections {
+		var ok bool
+		if text, ok = insert(text, s.part, s.text); ok {
+			some = true
+		}
+		all += s.title + s.text
+	}
+	if !some {
+		return strings.TrimPrefix(all, "\n")
+	}
+	return text
 }
 
 // write replaces a file in one step.
@@ -480,19 +547,17 @@ func (r *result) save(o options) error {
 		if err != nil && !os.IsNotExist(err) {
 			return err
 		}
-		report := r.markdown()
+		plot := ""
 		if o.svg != "" {
-			plot, err := filepath.Rel(filepath.Dir(o.markdown), o.svg)
-			if err != nil {
+			if plot, err = filepath.Rel(filepath.Dir(o.markdown), o.svg); err != nil {
 				return err
 			}
-			report += fmt.Sprintf("\n![The same as a plot](%s)\n", filepath.ToSlash(plot))
 		}
-		if err := write(o.markdown, []byte(insert(string(old), report))); err != nil {
+		if err := write(o.markdown, []byte(r.document(string(old), filepath.ToSlash(plot)))); err != nil {
 			return err
 		}
 	}
-	if o.svg != "" {
+	if o.svg != "" && len(r.Runtimes) > 0 {
 		return write(o.svg, []byte(r.plot()))
 	}
 	return nil

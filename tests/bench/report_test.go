@@ -102,13 +102,17 @@ func TestSaved(t *testing.T) {
 }
 
 func TestInsert(t *testing.T) {
-	for _, c := range []struct{ old, want string }{
-		{"", "new\n"},
-		{"a\n" + markBegin + "\nold\n" + markEnd + "\nz\n", "a\n" + markBegin + "\nnew\n" + markEnd + "\nz\n"},
-		{"a\n" + markBegin + "\nno end\n", "new\n"},
+	begin, end := marks(partStarts)
+	for _, c := range []struct {
+		old, want string
+		ok        bool
+	}{
+		{"", "", false},
+		{"a\n" + begin + "\nold\n" + end + "\nz\n", "a\n" + begin + "\nnew\n" + end + "\nz\n", true},
+		{"a\n" + begin + "\nno end\n", "a\n" + begin + "\nno end\n", false},
 	} {
-		if got := insert(c.old, "new\n"); got != c.want {
-			t.Errorf("%q: %q, want %q", c.old, got, c.want)
+		if got, ok := insert(c.old, partStarts, "new\n"); got != c.want || ok != c.ok {
+			t.Errorf("%q: %q, %v, want %q, %v", c.old, got, ok, c.want, c.ok)
 		}
 	}
 }

@@ -24,6 +24,8 @@ type contender struct {
 	// prepare is run before anything is measured, and undo at the end. Both get
 	// the global flags in front.
 	prepare, undo [][]string
+	// untried: whether a container runs is seen when one is needed.
+	untried bool
 	// pool: containers are made from a stock that is filled in the background.
 	pool bool
 	// in is where its commands run, nil where this program does.
@@ -55,33 +57,43 @@ func (r *contender) command(args ...string) []string {
 	return line
 }
 
-// peers is every column that this program knows.
-func peers(o options) []*contender {
-	runv := func(name string, flags ...string) *contender {
-		base := []string{}
-		if o.kernel != "" {
-			base = append(base, "--kernel", o.kernel)
-		}
-		if o.initrd != "" {
-			base = append(base, "--initrd", o.initrd)
-		}
-		return &contender{name: name, program: o.runv, flags: append(append(base, o.runvFlags...), flags...)}
+// vm is a runv with these flags.
+func (o options) vm(name string, flags ...string) *contender {
+	base := []string{}
+	if o.kernel != "" {
+		base = append(base, "--kernel", o.kernel)
 	}
-	cold := runv("runv cold", "--template", "off", "--factory-dir", "off")
-	template := runv("runv template", "--template", "{template}", "--template-policy", "required", "--factory-dir", "off")
+	if o.initrd != "" {
+		base = append(base, "--initrd", o.initrd)
+	}
+	return &contender{name: name, program: o.runv, flags: append(append(base, o.runvFlags...), flags...)}
+}
+
+// cold are the flags with which a VM is booted, and never cloned.
+var cold = []string{"--template", "off", "--factory-dir", "off"}
+
+func runc() *contender { return &contender{name: "runc", program: "runc"} }
+
+func crun() *contender {
+	return &contender{name: "crun", program: "crun", choices: [][]string{nil, {"--cgroup-manager=disabled"}}}
+}
+
+// peers is every column of the starts that this program knows.
+func peers(o options) []*contender {
+	template := o.vm("runv template", "--template", "{template}", "--template-policy", "required", "--factory-dir", "off")
 	template.needs = []string{"create-template", "remove-template"}
 	template.prepare = [][]string{{"manage", "create-template", "--template", "{template}"}}
 	template.undo = [][]string{{"manage", "remove-template", "--template", "{template}"}}
-	pool := runv("runv pool", "--template", "{template}", "--template-policy", "required", "--factory-dir", "{factory}")
+	pool := o.vm("runv pool", "--template", "{template}", "--template-policy", "required", "--factory-dir", "{factory}")
 	pool.needs = []string{"create-template", "remove-template", "factory"}
 	pool.prepare = append(template.prepare[:1:1], []string{"manage", "factory", "start"})
 	pool.undo = append([][]string{{"manage", "factory", "stop"}}, template.undo...)
 	pool.pool = true
 
-	all := []*contender{cold, template, pool}
+	all := []*contender{o.vm("runv cold", cold...), template, pool}
 	for _, v := range o.variants {
 		name, flags, _ := strings.Cut(v, "=")
-		all = append(all, runv(name, strings.Fields(flags)...))
+		all = append(all, o.vm(name, strings.Fields(flags)...))
 	}
 	runsc := &contender{name: "runsc", program: "runsc"}
 	if o.runscFlags != "" {
@@ -97,20 +109,7 @@ func peers(o options) []*contender {
 			}
 		}
 	}
-	crun := &contender{name: "crun", program: "crun", choices: [][]string{nil, {"--cgroup-manager=disabled"}}}
-	all = append(all, &contender{name: "runc", program: "runc"}, crun, runsc)
-	if len(o.only) == 0 {
-		return all
-	}
-	var chosen []*contender
-	for _, r := range all {
-		for _, name := range o.only {
-			if r.name == name {
-				chosen = append(chosen, r)
-			}
-		}
-	}
-	return chosen
+	return append(all, runc(), crun(), runsc)
 }
 
 // ready finds the program, makes its bundles, prepares it and runs one container,
@@ -151,6 +150,9 @@ func (b *bench) ready(ctx context.Context, r *contender) error {
 	})
 	if err := b.prepare(ctx, r); err != nil {
 		return err
+	}
+	if r.untried {
+		return nil
 	}
 	if len(r.choices) == 0 {
 		return b.try(ctx, r)

@@ -1,11 +1,13 @@
 #!/bin/bash
-# Installs the runtimes that runv is measured beside, by their Debian names. A
-# package that cannot be had is no error: its column says "not installed".
+# Installs the runtimes that runv is measured beside, and what makes file systems
+# for it, by their Debian names. A package that cannot be had is no error: its
+# column says "not installed".
 set -euo pipefail
 
 missing=()
-for p in runc crun runsc busybox-static; do
+for p in runc crun runsc busybox-static e2fsprogs; do
 	program=${p%-static}
+	[[ $p == e2fsprogs ]] && program=mkfs.ext4
 	command -v "$program" >/dev/null || missing+=("$p")
 done
 [[ ${#missing[@]} -eq 0 ]] && exit 0
