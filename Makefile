@@ -38,6 +38,8 @@ export RUNV_TEST_INITRD ?= $(CACHE)/guest/initrd.img
 FUZZTIME ?= 20s
 DEMO     ?=
 BENCH    ?=
+CLIENTS  ?=
+PEER     ?=
 
 .PHONY: help
 help: ## Show this list
@@ -101,8 +103,8 @@ validate: guest ## Run the OCI runtime-tools validation beside runc and crun (as
 	cd tests/oci && $(GO) run .
 
 .PHONY: test-clients
-test-clients: setup guest ## Use runv as its clients do: containerd, Podman, … (as root); CLIENTS='podman' selects
-	@build/test-clients.sh $(CLIENTS)
+test-clients: setup guest ## Use runv as its clients do (as root); CLIENTS='podman' selects, PEER=none compares with nothing
+	@CLIENTS_PEER='$(PEER)' build/test-clients.sh $(CLIENTS)
 
 .PHONY: bench
 bench: guest ## Measure runv beside runc, crun and runsc (as root); BENCH='--quick' or other flags

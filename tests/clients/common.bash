@@ -3,12 +3,15 @@
 #
 # A script calls need, isolate and prepare, starts its daemon, and calls table.
 # It defines stop_client, which removes its containers and ends its daemon, and
-# choose, which is told the runtime of the next operation.
+# choose, which is told the runtime of the next operation. What it runs of its
+# client it runs by kept, and its daemons' logs are in the array logs: a line of the
+# table that fails shows both.
 
 client_args=("$@")
 top=$PWD
-peer=
+peer=${CLIENTS_PEER:-}
 pattern=.
+logs=()
 while getopts p: o; do
 	case $o in
 	p) peer=$OPTARG ;;
@@ -56,8 +59,15 @@ isolate() {
 	fi
 }
 
+# hide DIRECTORY… has an empty one there, for this run.
+hide() {
+	local d
+	for d; do mkdir -p "$d" && mount -t tmpfs tmpfs "$d"; done
+}
+
 # prepare NAME makes the directory of this run, $work, in it the runtime
-# $work/bin/runv and the tree of an image, $work/tree.
+# $work/bin/runv, which clones its VMs, $work/bin/runv-cold, which boots them, and
+# the tree of an image, $work/tree.
 prepare() {
 	local runv=${RUNV_BIN:-$top/bin/runv} kernel=${RUNV_TEST_KERNEL:-$top/.cache/guest/kernel} initrd=${RUNV_TEST_INITRD:-$top/.cache/guest/initrd.img} f
 	for f in "$runv" "$kernel" "$initrd"; do
@@ -77,9 +87,12 @@ kernel = "$kernel"
 initrd = "$initrd"
 factory-dir = "off"
 END
+	cp "$work/runv.toml" "$work/runv-cold.toml"
 	# Clients call a runtime by a path alone.
-	printf '#!/bin/sh\nexec %s --config %s "$@"\n' "$work/bin/runv.real" "$work/runv.toml" >"$work/bin/runv"
-	chmod +x "$work/bin/runv"
+	for f in runv runv-cold; do
+		printf '#!/bin/sh\nexec %s --config %s "$@"\n' "$work/bin/runv.real" "$work/$f.toml" >"$work/bin/$f"
+		chmod +x "$work/bin/$f"
+	done
 	if [ "${RUNV_TEST_TEMPLATE:-}" != off ]; then
 		"$work/bin/runv" manage create-template --template "$work/template" --cpu 1 --mem 512 >"$work/template.log" 2>&1 ||
 			{ cat "$work/template.log" >&2; exit 1; }
@@ -105,11 +118,22 @@ vms() {
 		case $(readlink "/proc/$p/exe") in *qemu*) echo "$p" ;; esac
 	done
 }
+# cgroups lists those of this run.
+cgroups() { find /sys/fs/cgroup \( -fstype cgroup -o -fstype cgroup2 \) -type d -path "*$cgroup*" 2>/dev/null; }
 # nothing_left tells what is. Containers of a runtime are in the cgroup $cgroup/$r.
+# Below it the client itself may keep cgroups whose names $keeps has, if they have no
+# process.
+keeps=
 nothing_left() {
 	local left
-	left=$(vms | sed 's/^/process /'; ls "$work/runv" 2>/dev/null; find /sys/fs/cgroup \( -fstype cgroup -o -fstype cgroup2 \) -type d -path "*$cgroup/$r/*" 2>/dev/null)
-	[ -z "$left" ] || { echo "left:" $left >"$work/err"; return 1; }
+	left=$(
+		vms | sed 's/^/process /'
+		ls "$work/runv" 2>/dev/null
+		cgroups | grep -F "$cgroup/$r/" | while read -r d; do
+			[[ " $keeps " == *" ${d##*/} "* && -z $(cat "$d/cgroup.procs") ]] || echo "$d"
+		done
+	)
+	[ -z "$left" ] || { echo "left:" $left | cut -c1-2000 >"$work/err"; return 1; }
 }
 
 finish() {
@@ -120,12 +144,12 @@ finish() {
 	local p m
 	for p in $(mine); do kill -9 "$p" 2>/dev/null; done
 	awk -v w="$work/" 'index($2, w) == 1 {print $2}' /proc/mounts | sort -r | while read -r m; do umount -l "$m"; done
-	for p in $(seq 20); do
-		rm -rf "$work" 2>/dev/null && break
-		sleep 0.2
-	done
-	find /sys/fs/cgroup -depth -type d -path "*$cgroup*" -exec rmdir {} \; 2>/dev/null
+	until_true 10 cleared || echo "$work or a cgroup $cgroup cannot be removed" >&2
 	exit "${status:-1}"
+}
+cleared() {
+	cgroups | sort -r | xargs -r rmdir 2>/dev/null
+	rm -rf "$work" 2>/dev/null && [ -z "$(cgroups)" ]
 }
 
 # until_true SECONDS COMMAND…
@@ -138,22 +162,52 @@ until_true() {
 	done
 }
 
-# try RUNTIME FUNCTION sets result and why.
+# kept COMMAND…: its errors are in $work/err, and in the trace of the operation.
+kept() {
+	"$@" 2>"$work/err"
+	local code=$?
+	[ ! -s "$work/err" ] || sed 's/^/  /' "$work/err" >>"$work/trace"
+	return $code
+}
+
+# try RUNTIME FUNCTION sets result, why, and took, the tenths of seconds it took. The
+# trace of the function's commands, which shows what was compared with what, is in
+# $work/trace.
 try() {
+	local l begin=${EPOCHREALTIME/./}
 	r=$1
 	choose "$r"
 	: >"$work/err"
+	: >"$work/trace"
+	for l in "${logs[@]}"; do wc -l <"$l" >"$l.lines"; done
+	exec {BASH_XTRACEFD}>>"$work/trace"
+	set -x
 	if "$2" >"$work/out" 2>&1; then
+		{ set +x; } 2>/dev/null
 		result=ok why=
 	else
+		{ set +x; } 2>/dev/null
 		result=FAIL why=$(tail -qn 1 "$work/err" "$work/out" | tr -cd '[:print:]\n' | tr '\n' ' ' | cut -c1-160)
 	fi
+	unset BASH_XTRACEFD # closes it
+	took=$(((${EPOCHREALTIME/./} - begin) / 100000))
+}
+
+# report prints what the operation that failed did and printed, and what the daemons
+# said meanwhile.
+report() {
+	local l
+	{
+		grep -vE "^\++ (kept |local |return |sed |'\[' '!' -s $work/err)" "$work/trace" | tail -n 30
+		sed 's/^/out: /' "$work/out" | tail -n 20
+		for l in "${logs[@]}"; do tail -n "+$(($(cat "$l.lines") + 1))" "$l" | tail -n 15 | sed "s,^,${l##*/}: ,"; done
+	} | tr -cd '[:print:]\n\t' | cut -c1-400 | sed 's/^/    | /'
 }
 
 # table OPERATION FUNCTION …: runs each with runv and with the peer, prints a line
 # for it, and ends with the sums.
 table() {
-	local name f mine other note passed=0 failed=0 excepted=0
+	local name f mine other note said time passed=0 failed=0 excepted=0
 	if [ -z "$peer" ]; then
 		for peer in crun runc none; do
 			[ $peer != none ] && command -v $peer >/dev/null || continue
@@ -163,29 +217,31 @@ table() {
 		done
 	fi
 	status=1
-	printf '%-40s %-6s %-6s %s\n' operation runv "${peer/none/-}" remark
+	printf '%-40s %-6s %-6s %6s  %s\n' operation runv "${peer/none/-}" seconds remark
 	while [ $# -gt 0 ]; do
 		name=$1 f=$2
 		shift 2
 		[[ $name =~ $pattern ]] || continue
 		try runv "$f"
-		mine=$result note=$why other=-
+		mine=$result note=$why other=- said= time=$took
+		[ $mine = ok ] || said=$(report)
 		if [ "$peer" != none ]; then
 			try "$peer" "$f"
 			other=$result
 		fi
 		case $mine/$other in
-		ok/*) passed=$((passed + 1)) note= ;;
+		ok/*) passed=$((passed + 1)) note= said= ;;
 		FAIL/FAIL) excepted=$((excepted + 1)) note="neither: $note" ;;
 		*)
 			if [ -n "${exceptions[$name]:-}" ]; then
-				excepted=$((excepted + 1)) note="exception: ${exceptions[$name]}" mine=no
+				excepted=$((excepted + 1)) note="exception: ${exceptions[$name]}" mine=no said=
 			else
 				failed=$((failed + 1))
 			fi
 			;;
 		esac
-		printf '%-40s %-6s %-6s %s\n' "$name" "$mine" "$other" "$note"
+		printf '%-40s %-6s %-6s %4d.%d  %s\n' "$name" "$mine" "$other" $((time / 10)) $((time % 10)) "$note"
+		[ -z "$said" ] || echo "$said"
 	done
 	echo "with runv: $passed work, $excepted cannot, $failed fail"
 	[ $failed != 0 ] || status=0

@@ -3,10 +3,11 @@
 #
 #   tests/clients/docker.sh [-p PEER] [PATTERN]
 #
-# PEER is the command line that runv is compared with: crun unless it cannot run,
-# then runc; "none" for no comparison. PATTERN, an extended regular expression,
-# chooses operations by their names. Fails if something that works with the peer
-# does not work with runv, unless it is one of the exceptions below.
+# PEER is the command line that runv is compared with: CLIENTS_PEER or crun, unless it
+# cannot run, then runc; "none" for no comparison. PATTERN, an extended regular
+# expression, chooses operations by their names. Fails if something that works with
+# the peer does not work with runv, unless it is one of the exceptions below. Installs
+# the packages that are missing.
 #
 # dockerd has private sockets and directories below one that is removed at the
 # end, and lives in network and mount namespaces of its own: bridges, rules of the
@@ -21,15 +22,18 @@ cd "$(dirname "$0")/../.."
 except 'run: --network host' "a VM has no part in the host's network: refused in words"
 except 'inspect: out of memory is told' "containerd's shim asks the host's cgroup, and it was the guest's kernel that killed"
 
-need docker=docker.io dockerd=docker.io containerd
+need docker=docker.io dockerd=docker.io containerd runc crun
 isolate
 prepare docker
 
+hide /run/docker /run/containerd /run/runc /run/crun
 sock=$work/d.sock
+logs=("$work/log")
+: >"$work/log"
 daemon=
 client=(docker -H "unix://$sock")
 gateway=172.31.77.1
-D() { timeout 120 "${client[@]}" "$@" 2>"$work/err"; }
+D() { kept timeout 120 "${client[@]}" "$@"; }
 
 # containerd is not dockerd's child: where nobody reaps orphans, a dockerd that
 # comes again takes the dead one for alive.
@@ -50,8 +54,8 @@ until_true 60 test -S "$work/containerd/sock" || { tail -5 "$work/containerd/log
 
 start_daemon() {
 	dockerd --config-file "$work/daemon.json" --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" -H "unix://$sock" --containerd "$work/containerd/sock" \
-		--oom-score-adjust 0 --live-restore --bip $gateway/24 \
-		--add-runtime "runv=$work/bin/runv" --add-runtime "crun=$(command -v crun)" >>"$work/log" 2>&1 </dev/null &
+		--oom-score-adjust 0 --live-restore --bip $gateway/24 --exec-opt native.cgroupdriver=cgroupfs \
+		--add-runtime "runv=$work/bin/runv" --add-runtime "runv-cold=$work/bin/runv-cold" --add-runtime "crun=$(command -v crun)" >>"$work/log" 2>&1 </dev/null &
 	daemon=$!
 	until_true 60 D version >/dev/null && return
 	echo "dockerd does not start:" >&2
@@ -74,13 +78,16 @@ stop_client() {
 	wait "$containerd" 2>/dev/null
 }
 
-echo '{}' >"$work/daemon.json"
+echo "{\"deprecated-key-path\": \"$work/key.json\"}" >"$work/daemon.json"
 start_daemon || exit 1
 add_fetch
 tar -C "$work/tree" -c . | D import -c 'CMD ["sh"]' -c 'ENV PATH=/bin' - busybox:test >/dev/null || { cat "$work/err" >&2; exit 1; }
 image=busybox:test
 
-choose() { flags=(--runtime "$1" --cgroup-parent "$cgroup/$1"); }
+choose() {
+	flags=(--runtime "$1" --cgroup-parent "$cgroup/$1") cold=("${flags[@]}")
+	[ "$1" != runv ] || cold[1]=runv-cold
+}
 foreign() { D run --runtime runc --cgroup-parent "$cgroup/runc" "$@"; }
 
 t_oom_told() { [ "$(state "$r-oom" OOMKilled)" = true ]; }
@@ -90,22 +97,18 @@ t_restore() {
 	start_daemon && is "$r-d" running && t_exec
 }
 t_health() {
-	bg --name "$r-h" --health-cmd 'test -e /tmp/well' --health-interval 1s --health-retries 2 --health-timeout 30s $image sh -c 'touch /tmp/well; sleep 1000' || return 1
-	until_true 40 health "$r-h" healthy && D exec "$r-h" rm /tmp/well && until_true 40 health "$r-h" unhealthy
+	bg --name "$r-h" --health-cmd 'test -e /tmp/well' --health-interval 1s --health-retries 2 --health-timeout 60s $image sh -c 'touch /tmp/well; sleep 1000' || return 1
+	soon health "$r-h" healthy && D exec "$r-h" rm /tmp/well && soon health "$r-h" unhealthy
 	local ok=$?
 	D rm -f "$r-h"
 	return $ok
 }
 health() { [ "$(D inspect -f '{{.State.Health.Status}}' "$1")" = "$2" ]; }
 t_events() {
-	"${client[@]}" events >"$work/events" 2>/dev/null &
-	local pid=$! name
-	sleep 0.5
-	run $image true
-	until_true 10 grep -q 'container destroy' "$work/events"
-	kill $pid
-	wait $pid 2>/dev/null
-	for name in create start die destroy; do grep -q "container $name" "$work/events" || return 1; done
+	local name begin
+	begin=$(date +%s)
+	run --name "$r-ev" $image true
+	for name in create start die destroy; do soon sees "container $name .*name=$r-ev" events --since "$begin" --until 0s || return 1; done
 }
 t_host() { run --network host $image true; }
 
@@ -115,6 +118,7 @@ table \
 	'run: stdin' t_stdin \
 	'run: stdout and stderr apart' t_stderr \
 	'run: terminal and its size' t_tty \
+	'run: terminal, input and exit code' t_tty_input \
 	'run: program that is missing' t_missing \
 	'run: program that is not executable' t_notexec \
 	'run: environment, directory, hostname' t_env \
@@ -126,6 +130,7 @@ table \
 	'run: -v read-only' t_volume_ro \
 	'run: -v volume with a name' t_volume_named \
 	'run: --memory' t_memory \
+	'run: --memory, beyond the template' t_memory_big \
 	'run: out of memory' t_oom \
 	'inspect: out of memory is told' t_oom_told \
 	'run: --cpus' t_cpus \
@@ -139,6 +144,7 @@ table \
 	'run: --shm-size' t_shm \
 	'run: --add-host, --dns' t_names \
 	'run: --init' t_init \
+	'run, exec: VM that boots' t_cold \
 	'run: 16 MiB of output' t_bulk \
 	'run: --network none' t_none \
 	'run: --network host' t_host \
@@ -146,6 +152,7 @@ table \
 	'pid is a process of the host' t_pid \
 	'ps' t_ps \
 	'logs' t_logs \
+	'logs -f' t_logs_follow \
 	'exec: output' t_exec \
 	'exec: exit code' t_exec_exit \
 	'exec: stdin' t_exec_stdin \
@@ -168,6 +175,7 @@ table \
 	'rename' t_rename \
 	'dockerd killed and restarted' t_restore \
 	'stop' t_stop \
+	'stop: TERM is ignored' t_stop_kill \
 	'start' t_start \
 	'restart' t_restart \
 	'kill' t_kill \

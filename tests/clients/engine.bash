@@ -1,9 +1,9 @@
 # The operations that Docker and Podman have in common. A script that uses them
 # defines:
 #
-#   D ARGUMENTS…         the client, its errors in $work/err
+#   D ARGUMENTS…         the client, kept
 #   foreign ARGUMENTS…   run with runc
-#   flags                of run for the runtime $r
+#   flags, cold          of run for the runtime $r; cold: for one that boots its VM
 #   client               the client's command line as an array
 #   image, gateway       of the tests: an image with busybox and fetch, and the
 #                        address of the host in the default network
@@ -13,7 +13,7 @@ add_fetch() {
 	cat >"$work/tree/bin/fetch" <<'END'
 #!/bin/sh
 a=$(nslookup "$1" | sed -n 's/^Address: //p' | head -n 1)
-[ -n "$a" ] && timeout 10 wget -q -O - "http://$a/name"
+[ -n "$a" ] && timeout 60 wget -q -O - "http://$a/name"
 END
 	chmod +x "$work/tree/bin/fetch"
 }
@@ -25,15 +25,27 @@ bg() { D run -d "${flags[@]}" "$@"; }
 state() { D inspect -f "{{.State.$2}}" "$1"; }
 is() { [ "$(state "$1" Status)" = "$2" ]; }
 sees() { local f=$1; shift; D "$@" | grep -Eq "$f"; }
+# soon COMMAND…: it is true before long, on a machine that is slow and busy too.
+soon() { until_true 90 "$@"; }
 # terminal COMMAND…: with a terminal of 17 lines and 91 columns
-terminal() { script -qec "stty rows 17 cols 91; $(printf '%q ' timeout 120 "${client[@]}" "$@")" /dev/null </dev/null; }
-host_sees() { [ "$(timeout 5 busybox wget -q -O - "http://$1" 2>"$work/err")" = "$2" ]; }
+terminal() { script -qec "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")" /dev/null | tr -d '\r'; }
+# The size is told when the program runs already.
+size='for i in $(seq 300); do [ "$(stty size)" != "17 91" ] || break; sleep 0.1; done; stty size'
+host_sees() { [ "$(timeout 10 busybox wget -q -O - "http://$1" 2>"$work/err")" = "$2" ]; }
 
 t_output() { [ "$(run $image echo hi)" = hi ]; }
 t_exit() { run $image sh -c 'exit 7'; [ $? = 7 ]; }
 t_stdin() { [ "$(echo through | run -i $image cat)" = through ]; }
 t_stderr() { run $image sh -c 'echo out; echo err >&2' >"$work/o" && [ "$(cat "$work/o")" = out ] && [ "$(cat "$work/err")" = err ]; }
-t_tty() { terminal run --rm -it "${flags[@]}" $image sh -c 'sleep 1; stty size' | tr -d '\r' | grep -q '17 91'; }
+t_tty() { terminal run --rm -it "${flags[@]}" $image sh -c "$size" </dev/null | grep -q '17 91'; }
+t_tty_input() {
+	# The end of the input would be a key.
+	{
+		soon is "$r-i" running && printf 'echo $((6*7))\nexit 5\n'
+		soon is "$r-i" exited
+	} | (set -o pipefail; terminal run --name "$r-i" -it "${flags[@]}" $image sh >"$work/o")
+	[ $? = 5 ] && grep -qx 42 "$work/o" && D rm "$r-i"
+}
 t_missing() { run $image /bin/nothing; [ $? = 127 ]; }
 t_notexec() { run $image /etc/passwd; [ $? = 126 ]; }
 t_env() { [ "$(run -e A=b -w /tmp --hostname named $image sh -c 'echo $A $PWD $(hostname)')" = "b /tmp named" ]; }
@@ -56,6 +68,8 @@ t_oom() {
 }
 limit() { run "$1" $image sh -c "cat $2 2>/dev/null | head -n 1"; }
 t_memory() { [ "$(limit --memory=100m '/sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes')" = 104857600 ]; }
+# More than the template has: a VM that boots.
+t_memory_big() { [ "$(run --memory 1100m --memory-swap 1100m $image sh -c 'echo $(($(sed -n "s/^MemTotal: *\([0-9]*\) kB/\1/p" /proc/meminfo) > 1000000))')" = 1 ]; }
 t_cpus() { limit --cpus=0.5 '/sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu/cpu.cfs_quota_us' | grep -q '^50000'; }
 t_pids() { [ "$(limit --pids-limit=33 '/sys/fs/cgroup/pids.max /sys/fs/cgroup/pids/pids.max')" = 33 ]; }
 t_ulimit() { [ "$(run --ulimit nofile=512:512 $image sh -c 'ulimit -n')" = 512 ]; }
@@ -66,27 +80,40 @@ t_privileged() { run --privileged $image sh -c 'mkdir /m && mount -t tmpfs t /m 
 t_sysctl() { [ "$(run --sysctl net.ipv4.ip_default_ttl=77 $image cat /proc/sys/net/ipv4/ip_default_ttl)" = 77 ]; }
 t_shm() { run --shm-size 16m $image df -k /dev/shm | grep -q 16384; }
 t_names() { run --add-host there:1.2.3.4 --dns 10.9.8.7 $image sh -c 'grep -q "1.2.3.4.there" /etc/hosts && grep -q "nameserver 10.9.8.7" /etc/resolv.conf'; }
+t_cold() {
+	[ "$(D run --rm "${cold[@]}" $image echo hi)" = hi ] && D run -d --name "$r-cold" "${cold[@]}" $image sleep 1000 &&
+		[ "$(D exec "$r-cold" echo inside)" = inside ] && D rm -f "$r-cold"
+}
 t_init() { run --init $image sh -c 'tr "\0" " " </proc/1/cmdline | grep -q init && exit 5'; [ $? = 5 ]; }
 t_bulk() { [ "$(run $image sh -c 'dd if=/dev/zero bs=64k count=256 2>/dev/null' | wc -c)" = $((256 * 65536)) ]; }
 t_none() { [ "$(run --network none $image ls /sys/class/net)" = lo ]; }
 
-forever='trap "exit 9" TERM; trap "echo usr1" USR1; echo started; while :; do sleep 0.2; done'
+forever='trap "exit 9" TERM; trap "echo usr1" USR1; trap "echo usr2" USR2; echo started; while :; do sleep 0.2; done'
 t_detach() { bg --name "$r-d" $image sh -c "$forever" && is "$r-d" running; }
 t_pid() { [ -e "/proc/$(state "$r-d" Pid)/ns/net" ]; }
 t_ps() { sees "$r-d" ps; }
 logged() { D logs "$1" | grep -qx "$2"; }
-t_logs() { until_true 10 logged "$r-d" started && [ "$(D logs --tail 1 "$r-d")" = started ]; }
+t_logs() { soon logged "$r-d" started && [ "$(D logs --tail 1 "$r-d")" = started ]; }
+t_logs_follow() {
+	timeout 120 "${client[@]}" logs -f "$r-d" >"$work/follow" 2>/dev/null &
+	local pid=$! ok
+	soon grep -qx started "$work/follow" && D kill -s USR2 "$r-d" && soon grep -qx usr2 "$work/follow"
+	ok=$?
+	kill $pid
+	wait $pid 2>/dev/null
+	return $ok
+}
 t_exec() { [ "$(D exec "$r-d" echo inside)" = inside ]; }
 t_exec_exit() { D exec "$r-d" sh -c 'exit 3'; [ $? = 3 ]; }
 t_exec_stdin() { [ "$(echo through | D exec -i "$r-d" cat)" = through ]; }
 t_exec_user() { [ "$(D exec --user 1000 -w /tmp -e A=b "$r-d" sh -c 'echo $(id -u) $PWD $A')" = "1000 /tmp b" ]; }
-t_exec_tty() { terminal exec -it "$r-d" sh -c "sleep 1; stty size" | tr -d '\r' | grep -q '17 91'; }
-t_exec_detach() { D exec -d "$r-d" sh -c 'echo done >/tmp/detached' && until_true 10 D exec "$r-d" cat /tmp/detached; }
+t_exec_tty() { terminal exec -it "$r-d" sh -c "$size" </dev/null | grep -q '17 91'; }
+t_exec_detach() { D exec -d "$r-d" sh -c 'echo done >/tmp/detached' && soon D exec "$r-d" cat /tmp/detached; }
 t_exec_missing() { D exec "$r-d" /bin/nothing; local c=$?; [ $c = 126 ] || [ $c = 127 ]; }
 # Of the host's processes, none but those that are the container's.
 t_top() { D top "$r-d" >"$work/top" && [ "$(wc -l <"$work/top")" -gt 1 ] && ! grep -q "$work/" "$work/top"; }
-t_stats() { sees '[1-9][0-9.]*[kKM]i?B' stats --no-stream "$r-d"; }
-t_stats_net() { sees '[1-9][0-9.]*k?B / ' stats --no-stream --format '{{.NetIO}}' "$r-d"; }
+t_stats() { soon sees '[1-9][0-9.]*[kKM]i?B' stats --no-stream "$r-d"; }
+t_stats_net() { D exec "$r-d" wget -q -O /dev/null "http://$gateway:9/"; soon sees '[1-9][0-9.]*k?B / [1-9]' stats --no-stream --format '{{.NetIO}}' "$r-d"; }
 t_cp_in() { echo copied >"$work/f" && D cp "$work/f" "$r-d:/root/f" && [ "$(D exec "$r-d" cat /root/f)" = copied ]; }
 t_cp_out() { D exec "$r-d" sh -c 'mkdir -p /root/o && echo made >/root/o/g' && D cp "$r-d:/root/o" "$work/o-$r" && [ "$(cat "$work/o-$r/g")" = made ]; }
 t_cp_again() { echo again >"$work/f" && D cp "$work/f" "$r-d:/root/f" && [ "$(D exec "$r-d" cat /root/f)" = again ]; }
@@ -98,26 +125,27 @@ t_update() {
 	D update --memory 200m --memory-swap 200m --cpus 0.75 "$r-d" &&
 		D exec "$r-d" sh -c 'cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null' | grep -qx 209715200
 }
-t_signal() { D kill -s USR1 "$r-d" && until_true 10 logged "$r-d" usr1; }
+t_signal() { D kill -s USR1 "$r-d" && soon logged "$r-d" usr1; }
 t_rename() { D rename "$r-d" "$r-e" && t_renamed && D rename "$r-e" "$r-d"; }
 t_renamed() { [ "$(D exec "$r-e" echo inside)" = inside ]; }
-t_stop() { D stop -t 20 "$r-d" && is "$r-d" exited && [ "$(state "$r-d" ExitCode)" = 9 ]; }
+t_stop() { D stop -t 90 "$r-d" && is "$r-d" exited && [ "$(state "$r-d" ExitCode)" = 9 ]; }
 t_start() { D start "$r-d" && [ "$(D exec "$r-d" cat /root/f)" = again ]; }
-t_restart() { D restart -t 10 "$r-d" && t_exec; }
-t_kill() { D kill "$r-d" && until_true 10 is "$r-d" exited && [ "$(state "$r-d" ExitCode)" = 137 ]; }
+t_stop_kill() { bg --name "$r-k" $image sleep 1000 && D stop -t 1 "$r-k" && [ "$(state "$r-k" ExitCode)" = 137 ] && D rm "$r-k"; }
+t_restart() { D restart -t 90 "$r-d" && t_exec; }
+t_kill() { D kill "$r-d" && soon is "$r-d" exited && [ "$(state "$r-d" ExitCode)" = 137 ]; }
 t_cp_stopped() { D cp "$work/f" "$r-d:/root/h" && D cp "$r-d:/root/h" "$work/h-$r" && cmp "$work/f" "$work/h-$r"; }
 t_rm() { D start "$r-d" && D rm -f "$r-d" && ! D inspect "$r-d"; }
 t_wait() { bg --name "$r-w" $image sh -c 'sleep 1; exit 4' && [ "$(D wait "$r-w")" = 4 ] && D rm "$r-w"; }
 t_attach() {
 	bg -i --name "$r-a" $image sh -c 'read x; echo got $x' || return 1
-	[ "$( (echo word; sleep 2) | D attach "$r-a")" = "got word" ]
+	[ "$( (echo word; soon is "$r-a" exited) | D attach "$r-a")" = "got word" ]
 	local ok=$?
 	D rm -f "$r-a"
 	return $ok
 }
 t_policy() {
 	bg --name "$r-p" --restart on-failure:2 $image sh -c 'echo run; exit 1' || return 1
-	until_true 40 policy_done "$r-p"
+	soon policy_done "$r-p"
 	local ok=$?
 	D rm -f "$r-p"
 	return $ok
@@ -130,38 +158,38 @@ t_port() {
 	local port
 	port=$(port)
 	bg --name "$r-s" --hostname web -p $port:80 -p 127.0.0.1:1$port:80 $image sh -c "$web" || return 1
-	until_true 30 host_sees "$gateway:$port/name" web && host_sees "127.0.0.1:1$port/name" web
+	soon host_sees "$gateway:$port/name" web && host_sees "127.0.0.1:1$port/name" web
 }
 address() { D inspect -f '{{.NetworkSettings.IPAddress}}' "$1"; }
-t_address() { [ "$(run $image timeout 10 wget -q -O - "http://$(address "$r-s")/name")" = web ]; }
-t_gateway() { [ "$(run $image timeout 10 wget -q -O - "http://$gateway:$(port)/name")" = web ]; }
-t_network_of() { [ "$(run --network "container:$r-s" $image timeout 10 wget -q -O - http://127.0.0.1/name)" = web ]; }
+t_address() { [ "$(run $image timeout 60 wget -q -O - "http://$(address "$r-s")/name")" = web ]; }
+t_gateway() { [ "$(run $image timeout 60 wget -q -O - "http://$gateway:$(port)/name")" = web ]; }
+t_network_of() { [ "$(run --network "container:$r-s" $image timeout 60 wget -q -O - http://127.0.0.1/name)" = web ]; }
 t_connect() {
 	D network create --subnet "172.31.$(($(port) - 8023)).0/24" "late-$r" && D network connect --alias late "late-$r" "$r-s" || return 1
-	until_true 10 D exec "$r-s" ip addr show dev eth1 && [ "$(run --network "late-$r" $image fetch late)" = web ]
+	soon D exec "$r-s" ip addr show dev eth1 && [ "$(run --network "late-$r" $image fetch late)" = web ]
 }
-t_disconnect() { D network disconnect "late-$r" "$r-s" && until_true 10 no_second "$r-s" && D network rm "late-$r"; }
+t_disconnect() { D network disconnect "late-$r" "$r-s" && soon no_second "$r-s" && D network rm "late-$r"; }
 no_second() { ! D exec "$1" ip addr show dev eth1; }
 t_port_gone() { D rm -f "$r-s" && ! host_sees "$gateway:$(port)/name" web; }
 t_named() {
 	D network create "net-$r" && bg --name "$r-one" --hostname one --network "net-$r" --network-alias other $image sh -c "$web" || return 1
-	until_true 20 D exec "$r-one" wget -q -O /dev/null http://127.0.0.1/name || return 1
+	soon D exec "$r-one" wget -q -O /dev/null http://127.0.0.1/name || return 1
 	run --network "net-$r" $image sh -c "fetch $r-one && fetch other" | tr '\n' ' ' | grep -qx 'one one '
 }
-t_named_back() { bg --name "$r-two" --hostname two --network "net-$r" $image sh -c "$web" && until_true 20 one_gets "$r-two" two; }
+t_named_back() { bg --name "$r-two" --hostname two --network "net-$r" $image sh -c "$web" && soon one_gets "$r-two" two; }
 # A web server may need a moment before it listens.
 one_gets() { [ "$(D exec "$r-one" fetch "$1")" = "$2" ]; }
 t_named_unknown() { ! D exec "$r-one" nslookup "no-such-$r"; }
 t_runc_to() { [ "$(foreign --rm --network "net-$r" $image fetch "$r-one")" = one ]; }
 t_runc_from() {
 	foreign -d --name "$r-runc" --hostname native --network "net-$r" $image sh -c "$web" &&
-		until_true 20 one_gets "$r-runc" native
+		soon one_gets "$r-runc" native
 }
 t_named_rm() { D rm -f "$r-one" "$r-two" "$r-runc" && D network rm "net-$r"; }
 t_ipv6() {
 	D network create --ipv6 --subnet "fd00:$(port)::/64" "six-$r" && bg --name "$r-six" --hostname six --network "six-$r" $image sh -c "$web" || return 1
-	[ "$(run --network "six-$r" $image timeout 10 wget -q -O - "http://[$(D inspect -f "{{(index .NetworkSettings.Networks \"six-$r\").GlobalIPv6Address}}" "$r-six")]/name")" = six ]
+	[ "$(run --network "six-$r" $image timeout 60 wget -q -O - "http://[$(D inspect -f "{{(index .NetworkSettings.Networks \"six-$r\").GlobalIPv6Address}}" "$r-six")]/name")" = six ]
 	local ok=$?
 	D rm -f "$r-six" && D network rm "six-$r" && return $ok
 }
-t_left() { until_true 15 nothing_left; }
+t_left() { until_true 30 nothing_left; }
