@@ -51,6 +51,13 @@ func readHeader(r io.Reader) (*agentv1.StreamHeader, error) {
 		if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
 			return nil, fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, h.Address)
 		}
+	case agentv1.StreamHeader_KIND_FORWARD:
+		if h.ContainerId != "" || h.ExecId != "" {
+			return nil, fmt.Errorf("%w: a forwarded connection's stream names a process", errHeader)
+		}
+		if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
+			return nil, fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, h.Address)
+		}
 	default:
 		return nil, fmt.Errorf("%w: kind is %d", errHeader, h.Kind)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"log"
+	"net/netip"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -15,6 +16,8 @@ import (
 func FuzzReadHeader(f *testing.F) {
 	f.Add(frame(f, &agentv1.StreamHeader{Kind: stdin, ContainerId: "c", ExecId: "e"}))
 	f.Add(frame(f, &agentv1.StreamHeader{Kind: agentv1.StreamHeader_KIND_CONTROL}))
+	f.Add(frame(f, &agentv1.StreamHeader{Kind: agentv1.StreamHeader_KIND_RESOLVER, Address: "127.0.0.11:53"}))
+	f.Add(frame(f, &agentv1.StreamHeader{Kind: agentv1.StreamHeader_KIND_FORWARD, Address: "[::1]:80"}))
 	f.Add([]byte{0, 0, 0, 0})
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 1})
 	f.Add([]byte{0, 0, 0, 3, 8, 2, 0x12})
@@ -28,8 +31,16 @@ func FuzzReadHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if h.Kind == agentv1.StreamHeader_KIND_UNSPECIFIED || (h.Kind != agentv1.StreamHeader_KIND_CONTROL && h.ContainerId == "") {
-			t.Errorf("accepted %v", h)
+		switch h.Kind {
+		case agentv1.StreamHeader_KIND_CONTROL:
+		case agentv1.StreamHeader_KIND_RESOLVER, agentv1.StreamHeader_KIND_FORWARD:
+			if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() {
+				t.Errorf("accepted %v", h)
+			}
+		default:
+			if h.Kind == agentv1.StreamHeader_KIND_UNSPECIFIED || h.ContainerId == "" {
+				t.Errorf("accepted %v", h)
+			}
 		}
 		again, err := readHeader(bytes.NewReader(b[:read]))
 		if err != nil || !proto.Equal(h, again) {

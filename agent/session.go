@@ -48,6 +48,8 @@ type streamKey struct {
 type session struct {
 	agent *Agent
 	mux   *yamux.Session
+	// forwards has one for each forwarded connection.
+	forwards chan struct{}
 
 	// wg has every goroutine of the session; serve waits for it.
 	wg sync.WaitGroup
@@ -70,7 +72,7 @@ func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
 	if err != nil {
 		return errors.Join(err, conn.Close())
 	}
-	s := &session{agent: a, mux: mux}
+	s := &session{agent: a, mux: mux, forwards: make(chan struct{}, agentv1.MaxForwards)}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { _ = mux.Close() })
 	defer func() {
@@ -115,6 +117,10 @@ func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
 				if err := serveResolver(ctx, conn, h.Address); err != nil && !mux.IsClosed() {
 					a.log.Printf("resolver: %v", err)
 				}
+				return
+			}
+			if h.Kind == agentv1.StreamHeader_KIND_FORWARD {
+				s.forward(ctx, conn, h.Address)
 				return
 			}
 			key := streamKey{h.ContainerId, h.ExecId, h.Kind}

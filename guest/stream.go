@@ -125,6 +125,8 @@ func kindName(k agentv1.StreamHeader_Kind) string {
 		return "stdout"
 	case agentv1.StreamHeader_KIND_RESOLVER:
 		return "resolver"
+	case agentv1.StreamHeader_KIND_FORWARD:
+		return "forward"
 	case agentv1.StreamHeader_KIND_STDERR:
 		return "stderr"
 	}

@@ -1,4 +1,5 @@
-// Package mux has what both ends of the agent connection do below yamux.
+// Package mux has what both ends of the agent connection do below yamux, and with
+// the streams of forwarded connections above it.
 package mux
 
 import (

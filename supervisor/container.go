@@ -578,6 +578,14 @@ func (s *Supervisor) start(ctx context.Context, c *container) error {
 	if err := s.apply(c, evStart); err != nil {
 		return err
 	}
+	if c.id == s.o.SandboxID && forwards(c.record.Annotations) {
+		s.mu.Lock()
+		n := s.machine.network
+		s.mu.Unlock()
+		if n != nil {
+			n.forward()
+		}
+	}
 	if err := s.hooks.Run(ctx, hooks.Poststart, c.poststart, c.ociState(specs.StateRunning)); err != nil {
 		return s.condemn(c, err)
 	}

@@ -85,8 +85,10 @@ type podNetwork struct {
 	told *network.Config
 	// resolver serves the names of the namespace's name server, if it has one.
 	resolver *resolver
-	links    map[int]bool // carrier of the cards as the VM knows it; missing: true
-	warned   string
+	// forwarder leads connections to the pod's loopback, if it has one.
+	forwarder *forwarder
+	links     map[int]bool // carrier of the cards as the VM knows it; missing: true
+	warned    string
 }
 
 // network opens the network namespace of the pod, which is that of its stand-in.
@@ -236,6 +238,7 @@ func (n *podNetwork) close() {
 		n.watcher.Close()
 	}
 	n.resolver.close()
+	n.forwarder.close()
 	if err := n.ns.Close(); err != nil {
 		glog.Warningf("pod %s: network: %v", n.id, err)
 	}

@@ -44,6 +44,9 @@ type Agent struct {
 	// Before, if set, is called before each method with its name: an error is
 	// the method's answer, and it may wait.
 	Before func(ctx context.Context, method string) error
+	// Forward, if set, has the streams of forwarded connections; without it they
+	// are closed.
+	Forward func(stream net.Conn, address string)
 	// Version is answered to Hello; 0: the right one.
 	Version uint32
 
@@ -197,6 +200,14 @@ func (a *Agent) stream(ctx context.Context, s *yamux.Stream, control listener) {
 	}
 	if h.Kind == agentv1.StreamHeader_KIND_CONTROL {
 		control <- s
+		return
+	}
+	if h.Kind == agentv1.StreamHeader_KIND_FORWARD {
+		if a.Forward == nil {
+			_ = s.Close()
+			return
+		}
+		a.Forward(s, h.Address)
 		return
 	}
 	select {

@@ -10,7 +10,7 @@
 // yamux session in which the host is the client and opens every stream. Each
 // stream begins with one frame: a big-endian uint32 length (at most
 // MaxStreamHeader) and a StreamHeader. A CONTROL stream then carries ttrpc with
-// the service below; the others carry raw process bytes in one direction each.
+// the service below; most others carry raw process bytes in one direction each.
 // docs/agent-protocol.md has the frame diagrams and the history.
 
 package agentv1
@@ -48,6 +48,13 @@ const (
 	// in any order and not for every query. The guest stops to serve when either
 	// side closes.
 	StreamHeader_KIND_RESOLVER StreamHeader_Kind = 5
+	// A TCP connection to address, in the pod's network namespace. The agent
+	// writes one byte (0) when it is connected, or closes the stream: nobody
+	// listens there. Then both sides send chunks, a big-endian uint16 length (at
+	// most 32768) and that many bytes; 0: no more comes in this direction; 65535:
+	// the connection was reset. The agent closes the stream when both directions
+	// have ended.
+	StreamHeader_KIND_FORWARD StreamHeader_Kind = 6
 )
 
 // Enum value maps for StreamHeader_Kind.
@@ -59,6 +66,7 @@ var (
 		3: "KIND_STDOUT",
 		4: "KIND_STDERR",
 		5: "KIND_RESOLVER",
+		6: "KIND_FORWARD",
 	}
 	StreamHeader_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
@@ -67,6 +75,7 @@ var (
 		"KIND_STDOUT":      3,
 		"KIND_STDERR":      4,
 		"KIND_RESOLVER":    5,
+		"KIND_FORWARD":     6,
 	}
 )
 
@@ -226,7 +235,8 @@ type StreamHeader struct {
 	// Empty for the container's init process.
 	ExecId string `protobuf:"bytes,3,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
 	// Of a resolver: the loopback address and port, "127.0.0.11:53", at which the
-	// pod's programs find it.
+	// pod's programs find it. Of a forwarded connection: where it leads, 127.0.0.1
+	// or ::1 and a port.
 	Address       string `protobuf:"bytes,4,opt,name=address,proto3" json:"address,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -5522,12 +5532,12 @@ var File_api_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/agent/v1/agent.proto\x12\rrunv.agent.v1\"\x8f\x02\n" +
+	"\x18api/agent/v1/agent.proto\x12\rrunv.agent.v1\"\xa2\x02\n" +
 	"\fStreamHeader\x124\n" +
 	"\x04kind\x18\x01 \x01(\x0e2 .runv.agent.v1.StreamHeader.KindR\x04kind\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x03 \x01(\tR\x06execId\x12\x18\n" +
-	"\aaddress\x18\x04 \x01(\tR\aaddress\"s\n" +
+	"\aaddress\x18\x04 \x01(\tR\aaddress\"\x85\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fKIND_CONTROL\x10\x01\x12\x0e\n" +
@@ -5535,7 +5545,8 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"KIND_STDIN\x10\x02\x12\x0f\n" +
 	"\vKIND_STDOUT\x10\x03\x12\x0f\n" +
 	"\vKIND_STDERR\x10\x04\x12\x11\n" +
-	"\rKIND_RESOLVER\x10\x05\"\xb2\x01\n" +
+	"\rKIND_RESOLVER\x10\x05\x12\x10\n" +
+	"\fKIND_FORWARD\x10\x06\"\xb2\x01\n" +
 	"\fHelloRequest\x12)\n" +
 	"\x10protocol_version\x18\x01 \x01(\rR\x0fprotocolVersion\x12!\n" +
 	"\fhost_version\x18\x02 \x01(\tR\vhostVersion\x12$\n" +

@@ -51,4 +51,8 @@ const (
 	ResolverTCP = 1
 	// MaxQueries bounds the queries of a pod that wait for their answers.
 	MaxQueries = 256
+
+	// MaxForwards bounds the connections to a pod's loopback that are forwarded at
+	// a time.
+	MaxForwards = 64
 )
