@@ -59,6 +59,8 @@ type Options struct {
 	// Pod is the sandbox container whose pod the container joins, if a person
 	// said so; empty: config.json alone decides.
 	Pod string
+	// Rootfs is ocispec.Options.Rootfs.
+	Rootfs *ocispec.RootfsDisk
 	// Pods tells which containers could be joined; nil: none.
 	Pods Pods
 	// Warn gets what the caller should know although it is no failure.
@@ -102,6 +104,7 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 		NoPivot:       o.NoPivot,
 		HostDevice:    hostDevice,
 		BlockDevice:   blockDevice,
+		Rootfs:        o.Rootfs,
 		Warn:          o.Warn,
 	})
 	if err != nil {
@@ -112,6 +115,23 @@ func Request(o Options) (*specs.Spec, *supervisorv1.CreateRequest, string, error
 	}
 	network, err := pod.network(spec, req.GetVm().GetNetwork() == ocispec.NetworkUser)
 	return spec, req, network, err
+}
+
+// SandboxOf returns the sandbox container whose pod the container of a bundle
+// joins; its own id if it has a pod of its own.
+func SandboxOf(o Options) (string, error) {
+	spec, err := Load(o.Dir)
+	if err != nil {
+		return "", err
+	}
+	pod, err := findPod(&o, spec)
+	if err != nil {
+		return "", err
+	}
+	if pod.sandbox == nil {
+		return o.ID, nil
+	}
+	return pod.sandbox.ID, nil
 }
 
 // Inherit gives a process from a file what it leaves open, as runc does: the

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -21,6 +22,7 @@ import (
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/core/mount"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -32,6 +34,7 @@ import (
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	"github.com/hyperhq/runv/client"
+	"github.com/hyperhq/runv/ocispec"
 	"github.com/hyperhq/runv/state"
 )
 
@@ -222,15 +225,80 @@ func TestGroup(t *testing.T) {
 		{`{"annotations":{"io.kubernetes.cri.container-type":"sandbox","io.kubernetes.cri.sandbox-id":"c"}}`, "c"},
 		{`{"annotations":{"io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"pod"}}`, "pod"},
 		{`{"annotations":{"io.kubernetes.cri.container-type":"container"}}`, ""},
+		{`{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"network","path":"/proc/1/ns/net"},{"type":"pid"}]}}`, "c"},
 		{`{`, ""},
 	} {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(tc.spec), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := groupOf(dir, "c"); got != tc.want || (err == nil) != (tc.want != "") {
+		if got, err := groupOf(dir, &bootapi.BootstrapParams{InstanceID: "c", Namespace: "ns"}); got != tc.want || (err == nil) != (tc.want != "") {
 			t.Errorf("%s: %q, %v", tc.spec, got, err)
 		}
+	}
+}
+
+func TestOptionsOf(t *testing.T) {
+	o := pack(t, &runcoptions.Options{Root: "/r"})
+	other := &bootapi.Extension{Value: &anypb.Any{TypeUrl: "x.Y"}}
+	if got := optionsOf(&bootapi.BootstrapParams{Extensions: []*bootapi.Extension{other, {Value: o}}}); got != o {
+		t.Errorf("%v", got)
+	}
+	if got := optionsOf(&bootapi.BootstrapParams{Extensions: []*bootapi.Extension{other}}); got != nil {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestRootfsDisk(t *testing.T) {
+	m := func(typ, source string, options ...string) mount.Mount {
+		return mount.Mount{Type: typ, Source: source, Options: options}
+	}
+	for _, tc := range []struct {
+		mounts []mount.Mount
+		want   *ocispec.RootfsDisk
+	}{
+		{nil, nil},
+		{[]mount.Mount{m("ext4", "/dev/x")}, &ocispec.RootfsDisk{Type: "ext4", Source: "/dev/x"}},
+		{[]mount.Mount{m("ext4", "/image", "rw", "loop")}, &ocispec.RootfsDisk{Type: "ext4", Source: "/image"}},
+		{[]mount.Mount{m("erofs", "/image", "loop", "ro")}, &ocispec.RootfsDisk{Type: "erofs", Source: "/image", ReadOnly: true}},
+		{[]mount.Mount{m("ext4", "/dev/x", "noload")}, nil},
+		{[]mount.Mount{m("erofs", "/a", "device=/b")}, nil},
+		{[]mount.Mount{m("erofs", "/a", "X-containerd.dmverity=/m")}, nil},
+		{[]mount.Mount{m("xfs", "/dev/x")}, nil},
+		{[]mount.Mount{m("overlay", "overlay", "lowerdir=/a:/b")}, nil},
+		{[]mount.Mount{m("ext4", "image")}, nil},
+		{[]mount.Mount{m("erofs", "/a", "ro"), m("overlay", "overlay", "lowerdir=/a")}, nil},
+		{[]mount.Mount{{Type: "ext4", Source: "/dev/x", Target: "sub"}}, nil},
+	} {
+		if got := rootfsDisk(tc.mounts); !reflect.DeepEqual(got, tc.want) {
+			t.Errorf("%+v: %+v, want %+v", tc.mounts, got, tc.want)
+		}
+	}
+}
+
+func TestMountMainRefuses(t *testing.T) {
+	dir := t.TempDir()
+	for _, tc := range []struct {
+		args  []string
+		stdin string
+	}{
+		{nil, "[]"},
+		{[]string{dir, dir}, "[]"},
+		{[]string{dir}, ""},
+		{[]string{dir}, `[{"Type":"no-such-file-system","Source":"none"}]`},
+	} {
+		if err := MountMain(tc.args, strings.NewReader(tc.stdin)); err == nil {
+			t.Errorf("%v, %s: no error", tc.args, tc.stdin)
+		}
+	}
+	var b limitedBuffer
+	for range 3 {
+		if n, err := b.Write(make([]byte, maxMountError)); n != maxMountError || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if b.Len() != maxMountError {
+		t.Errorf("%d bytes are kept", b.Len())
 	}
 }
 

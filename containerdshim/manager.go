@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/hyperhq/runv/bundle"
 	"github.com/hyperhq/runv/client"
@@ -102,6 +103,8 @@ func StartMain(ctx context.Context, args []string, stdin io.Reader, stdout io.Wr
 	sent, recent := bootstrap(input, params)
 	if recent {
 		params = sent
+	} else if options := new(anypb.Any); proto.Unmarshal(input, options) == nil {
+		params.Extensions = []*bootapi.Extension{{Value: options}}
 	}
 	ctx = namespaces.WithNamespace(ctx, params.Namespace)
 	result, err := Manager{}.Start(ctx, params)
@@ -133,7 +136,11 @@ func bootstrap(input []byte, flags *bootapi.BootstrapParams) (*bootapi.Bootstrap
 // Start implements shim.Shim: it starts the shim of the pod that the bundle in
 // the working directory belongs to, unless there is one.
 func (Manager) Start(ctx context.Context, params *bootapi.BootstrapParams) (_ *bootapi.BootstrapResult, err error) {
-	group, err := groupOf(".", params.GetInstanceID())
+	cwd, err := os.Getwd()
+	if err != nil {
+		return nil, err
+	}
+	group, err := groupOf(cwd, params)
 	if err != nil {
 		return nil, err
 	}
@@ -187,8 +194,10 @@ func (Manager) Start(ctx context.Context, params *bootapi.BootstrapParams) (_ *b
 }
 
 // groupOf is the pod of the container whose bundle is dir: containers of one pod
-// have one shim.
-func groupOf(dir, id string) (string, error) {
+// have one shim. The pod is named by annotations, or by the path of a namespace of
+// one of its containers.
+func groupOf(dir string, params *bootapi.BootstrapParams) (string, error) {
+	id := params.GetInstanceID()
 	f, err := os.Open(filepath.Join(dir, bundle.SpecFile))
 	if err != nil {
 		return "", err
@@ -197,6 +206,11 @@ func groupOf(dir, id string) (string, error) {
 	// Nothing else is of interest yet, and Create reports what is wrong.
 	var spec struct {
 		Annotations map[string]string `json:"annotations"`
+		Linux       struct {
+			Namespaces []struct {
+				Path string `json:"path"`
+			} `json:"namespaces"`
+		} `json:"linux"`
 	}
 	if err := json.NewDecoder(f).Decode(&spec); err != nil {
 		return "", fmt.Errorf("%s: %w", bundle.SpecFile, err)
@@ -208,7 +222,32 @@ func groupOf(dir, id string) (string, error) {
 	if p.ID != "" {
 		return p.ID, nil
 	}
+	for _, ns := range spec.Linux.Namespaces {
+		if ns.Path == "" {
+			continue
+		}
+		set, err := loadSettings(optionsOf(params), params.GetNamespace())
+		if err != nil {
+			break
+		}
+		pods := client.New(client.Options{Store: state.Open(set.root)})
+		if sandbox, err := bundle.SandboxOf(bundle.Options{ID: id, Dir: dir, Pods: pods}); err == nil {
+			return sandbox, nil
+		}
+		break
+	}
 	return id, nil
+}
+
+// optionsOf finds the runtime's options in what containerd sends; nil if there
+// are none.
+func optionsOf(params *bootapi.BootstrapParams) *anypb.Any {
+	for _, e := range params.GetExtensions() {
+		if knownOptions(e.GetValue()) {
+			return e.GetValue()
+		}
+	}
+	return nil
 }
 
 func socketAddress(ctx context.Context, params *bootapi.BootstrapParams, group string) (string, error) {

@@ -77,6 +77,11 @@ func loadSettings(options *anypb.Any, namespace string) (*settings, error) {
 	return s, nil
 }
 
+// knownOptions says whether options are of a type that loadSettings reads.
+func knownOptions(o *anypb.Any) bool {
+	return o.GetTypeUrl() == typeURL(&runtimeoptions.Options{}) || o.GetTypeUrl() == typeURL(&runcoptions.Options{})
+}
+
 // storeRoot is where the records of a containerd namespace's containers are. It
 // is not below the command line's own root, whose directories are containers.
 func storeRoot(root, base, namespace string) (string, error) {

@@ -68,9 +68,10 @@ type service struct {
 	endPods  context.CancelFunc
 	podsDone sync.WaitGroup
 
-	mu    sync.Mutex // guards the fields below
-	tasks map[string]*task
-	known map[string]*pod
+	mu     sync.Mutex // guards the fields below
+	tasks  map[string]*task
+	known  map[string]*pod
+	hosted map[string]bool // sandboxes whose supervisor runs here
 }
 
 // pod is a connection to the supervisor of a sandbox.
@@ -85,7 +86,7 @@ var _ taskapi.TTRPCTaskService = (*service)(nil)
 func newService(ctx context.Context, o Options) *service {
 	s := &service{
 		o: o, ctx: context.WithoutCancel(ctx),
-		tasks: make(map[string]*task), known: make(map[string]*pod),
+		tasks: make(map[string]*task), known: make(map[string]*pod), hosted: make(map[string]bool),
 	}
 	s.events = newPublisher(s.ctx, o.Publisher)
 	s.pods, s.endPods = context.WithCancel(context.Background())
@@ -127,8 +128,10 @@ func (s *service) supervise(store *state.Store) func(string, net.Listener, net.L
 			HostMounts: s.o.HostMounts, Factory: s.o.Factory, Hosted: true,
 		})
 		served := make(chan error, 1)
+		s.host(sandboxID, true)
 		s.podsDone.Go(func() {
 			err := sup.Serve(s.pods, api, io, lifeline)
+			s.host(sandboxID, false)
 			_ = lifeline.Close()
 			if err != nil {
 				log.G(s.ctx).WithError(err).Errorf("pod %s", sandboxID)
@@ -137,6 +140,23 @@ func (s *service) supervise(store *state.Store) func(string, net.Listener, net.L
 		})
 		return served
 	}
+}
+
+// host notes that the supervisor of a sandbox runs here, or has ended.
+func (s *service) host(sandboxID string, runs bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if runs {
+		s.hosted[sandboxID] = true
+	} else {
+		delete(s.hosted, sandboxID)
+	}
+}
+
+func (s *service) hosts(sandboxID string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.hosted[sandboxID]
 }
 
 // find returns a task.
@@ -233,15 +253,22 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		Store: store, Supervise: s.supervise(store), Debug: s.o.Debug || set.config.Debug,
 		Warn: func(err error) { warn(err.Error()) },
 	})
-	if t.mounted, err = mountRootfs(mountsOf(r.Rootfs), t.bundle); err != nil {
-		return nil, err
-	}
-	undo = append(undo, func() { unmountRootfs(t.mounted) })
+	mounts := mountsOf(r.Rootfs)
+	disk := rootfsDisk(mounts)
 	spec, req, network, err := bundle.Request(bundle.Options{
-		ID: r.ID, Dir: t.bundle, Config: &set.config, SystemdCgroup: set.systemd, Pods: t.client, Warn: warn,
+		ID: r.ID, Dir: t.bundle, Config: &set.config, SystemdCgroup: set.systemd, Pods: t.client, Rootfs: disk, Warn: warn,
 	})
 	if err != nil {
 		return nil, invalid("%v", err)
+	}
+	if disk == nil && len(mounts) > 0 {
+		if req.SandboxId != r.ID && !s.hosts(req.SandboxId) {
+			return nil, wrongState("rootfs: the pod of %q has its supervisor in another process, which does not see what is mounted here", req.SandboxId)
+		}
+		if t.mounted, err = mountRootfs(ctx, s.o.HostMounts, mounts, t.bundle); err != nil {
+			return nil, err
+		}
+		undo = append(undo, func() { unmountRootfs(t.mounted) })
 	}
 	t.ownPIDs = hasOwnPIDs(spec)
 	for _, m := range req.Mounts {

@@ -2,9 +2,6 @@ package containerdshim
 
 import (
 	"context"
-	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -12,7 +9,6 @@ import (
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	tasktypes "github.com/containerd/containerd/api/types/task"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -314,33 +310,6 @@ func (p *process) drain(ctx context.Context) error {
 	_ = standIn.Signal(syscall.SIGKILL)
 	<-p.drained
 	return nil
-}
-
-// mountRootfs mounts what containerd gives as the root file system, in the shim's
-// own mount namespace: its end, however it comes, takes the mounts away.
-func mountRootfs(mounts []mount.Mount, bundle string) (dir string, err error) {
-	if len(mounts) == 0 {
-		return "", nil
-	}
-	dir = filepath.Join(bundle, "rootfs")
-	if err := os.Mkdir(dir, 0o711); err != nil && !os.IsExist(err) {
-		return "", err
-	}
-	if err := mount.All(mounts, dir); err != nil {
-		_ = mount.UnmountAll(dir, unix.MNT_DETACH)
-		return "", fmt.Errorf("rootfs: %w", err)
-	}
-	return dir, nil
-}
-
-// unmountRootfs takes back mountRootfs.
-func unmountRootfs(dir string) {
-	if dir == "" {
-		return
-	}
-	if err := mount.UnmountAll(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
-		log.L.WithError(err).Warnf("unmount %s", dir)
-	}
 }
 
 // hasOwnPIDs says whether a container's processes end with its init.

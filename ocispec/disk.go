@@ -20,6 +20,10 @@ import (
 // the guest's kernel has.
 var diskFileSystems = []string{"ext4", "erofs", "squashfs"}
 
+// DiskFileSystem tells whether a container can have a file system of a type on a
+// disk.
+func DiskFileSystem(typ string) bool { return slices.Contains(diskFileSystems, typ) }
+
 // readOnlyFileSystem tells whether nobody can write to a file system of a type.
 func readOnlyFileSystem(typ string) bool { return typ == "erofs" || typ == "squashfs" }
 
@@ -95,12 +99,14 @@ func (d *disks) mount(m *specs.Mount, field string, o *Options) (*agentv1.Mount,
 	}, nil
 }
 
-// rootfs lets the root file system be on the image or block device root.path.
-// It is writable unless the type is not; the container's view of it may be
-// read-only none the less.
-func (d *disks) rootfs(r *agentv1.Rootfs, source, typ string) {
-	guest := &agentv1.Disk{Type: typ}
-	d.add(&supervisorv1.HostDisk{Source: source, ReadOnly: readOnlyFileSystem(typ) || r.Overlay, Field: "root.path"}, guest)
+// rootfs lets the root file system be on an image or block device. Field is what
+// names it. It is writable unless the type is not; the container's view of it may
+// be read-only none the less.
+func (d *disks) rootfs(r *agentv1.Rootfs, disk *RootfsDisk, field string) {
+	guest := &agentv1.Disk{Type: disk.Type}
+	d.add(&supervisorv1.HostDisk{
+		Source: disk.Source, ReadOnly: disk.ReadOnly || readOnlyFileSystem(disk.Type) || r.Overlay, Field: field,
+	}, guest)
 	if guest.ReadOnly {
 		guest.Flags = []string{"ro"}
 	}

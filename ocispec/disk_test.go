@@ -74,6 +74,44 @@ func TestDisks(t *testing.T) {
 	}
 }
 
+// A root file system that is given as a mount takes the place of root.path.
+func TestRootfsDisk(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		disk RootfsDisk
+		ro   bool
+	}{
+		{RootfsDisk{Type: "ext4", Source: "/dev/x"}, false},
+		{RootfsDisk{Type: "ext4", Source: "/dev/x", ReadOnly: true}, true},
+		{RootfsDisk{Type: "erofs", Source: "/image"}, true},
+	} {
+		req, err := Translate(Example(false), Options{ID: "c", Bundle: "/b", Rootfs: &c.disk})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(req.Disks) != 1 || req.Disks[0].Source != c.disk.Source || req.Disks[0].ReadOnly != c.ro || req.Disks[0].Format != "" {
+			t.Errorf("%+v: host's disks %v", c.disk, req.Disks)
+		}
+		guest := req.Container.Disks
+		if len(guest) != 1 || guest[0].Type != c.disk.Type || guest[0].ReadOnly != c.ro || strings.Contains(strings.Join(guest[0].Flags, " "), "ro") != c.ro {
+			t.Errorf("%+v: guest's disks %v", c.disk, guest)
+		}
+		if r := req.Container.Rootfs; r.ShareTag != agentv1.DiskTag || r.SharePath != guest[0].Serial {
+			t.Errorf("%+v: %v", c.disk, r)
+		}
+		for _, m := range req.Mounts {
+			if m.Field == "root.path" {
+				t.Errorf("%+v: root.path is shared as well", c.disk)
+			}
+		}
+	}
+	s := Example(false)
+	s.Annotations = map[string]string{AnnotationRootfsType: "ext4"}
+	if _, err := Translate(s, Options{ID: "c", Bundle: "/b", Rootfs: &RootfsDisk{Type: "ext4", Source: "/dev/x"}}); err == nil || !strings.Contains(err.Error(), AnnotationRootfsType) {
+		t.Errorf("two root file systems: %v", err)
+	}
+}
+
 func TestParseStorage(t *testing.T) {
 	t.Parallel()
 	for key, bad := range map[string]string{AnnotationRootfsType: "/etc/shadow", AnnotationOverlay: "host"} {

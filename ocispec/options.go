@@ -50,6 +50,9 @@ type Options struct {
 	// by its numbers: it becomes a disk of the VM. Nil, or an empty answer: there
 	// is none.
 	BlockDevice func(major, minor int64) (path string)
+	// Rootfs is a file system on an image file or a block device that is the root
+	// file system in place of root.path. Nil: root.path is.
+	Rootfs *RootfsDisk
 	// Namespace finds the container of the same pod that a namespace path
 	// belongs to. Nil, or an empty answer: the path is not one of the pod. The
 	// container's own id: the path is a namespace that was made on the host for
@@ -65,6 +68,15 @@ type Options struct {
 	// Warn is called with one line for everything that is accepted without
 	// being enforced. Nil: the lines are dropped.
 	Warn func(line string)
+}
+
+// RootfsDisk is a root file system that somebody gives as a mount.
+type RootfsDisk struct {
+	// Type is one of those that a container can have on a disk, DiskFileSystem.
+	Type string
+	// Source is the absolute path of the image file (raw) or block device.
+	Source   string
+	ReadOnly bool
 }
 
 func (o *Options) warn(line string) {

@@ -105,9 +105,14 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 	}
 	c.Rootfs.Overlay = storage.overlay
 	disks := &disks{id: o.ID}
-	if storage.rootfsType != "" {
-		disks.rootfs(c.Rootfs, o.absolute(spec.Root.Path), storage.rootfsType)
-	} else {
+	switch {
+	case storage.rootfsType != "" && o.Rootfs != nil:
+		return nil, fmt.Errorf("annotations[%q]: is %q, but the root file system is given as a mount of %s", AnnotationRootfsType, storage.rootfsType, clip(o.Rootfs.Source))
+	case storage.rootfsType != "":
+		disks.rootfs(c.Rootfs, &RootfsDisk{Type: storage.rootfsType, Source: o.absolute(spec.Root.Path)}, "root.path")
+	case o.Rootfs != nil:
+		disks.rootfs(c.Rootfs, o.Rootfs, "rootfs")
+	default:
 		// The root file system stays writable on the host's side even if the
 		// container's view of it is not: mount points that it lacks are made in it
 		// while the container is built, as every runtime does. An overlay has them

@@ -39,7 +39,7 @@ func openDisks(host *os.File, ds []*supervisorv1.HostDisk) (_ []openDisk, err er
 	if len(ds) == 0 {
 		return nil, nil
 	}
-	err = inMountNS(host, func() error {
+	err = InMountNS(host, func() error {
 		for _, d := range ds {
 			f, err := openDiskFile(d.Source, d.ReadOnly)
 			if err != nil {

@@ -40,9 +40,9 @@ func KeepMounts() error {
 	return nil
 }
 
-// inMountNS calls f on a thread that is in the mount namespace ns; with nil, on
+// InMountNS calls f on a thread that is in the mount namespace ns; with nil, on
 // any thread. The thread is not used again.
-func inMountNS(ns *os.File, f func() error) error {
+func InMountNS(ns *os.File, f func() error) error {
 	if ns == nil {
 		return f()
 	}

@@ -187,7 +187,7 @@ func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount) (undo fun
 	if err := open(true); err != nil {
 		return undo, err
 	}
-	if err := inMountNS(s.host, func() error { return open(false) }); err != nil {
+	if err := InMountNS(s.host, func() error { return open(false) }); err != nil {
 		return undo, err
 	}
 	for i, m := range ms {

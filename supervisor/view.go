@@ -92,7 +92,7 @@ func (s *share) show(standIn state.ProcessRef, req *agentv1.CreateContainerReque
 	if !standIn.Alive() { // and so it may not have been its namespace
 		return nil, errors.New("it has ended")
 	}
-	if err := inMountNS(v.ns, v.enter); err != nil {
+	if err := InMountNS(v.ns, v.enter); err != nil {
 		return nil, err
 	}
 	return v, nil
@@ -105,7 +105,7 @@ func (v *view) complete() error {
 	if v == nil || len(v.mounts) == 0 {
 		return nil
 	}
-	if err := inMountNS(v.ns, v.attach); err != nil {
+	if err := InMountNS(v.ns, v.attach); err != nil {
 		return fmt.Errorf("show the container's volumes: %w", err)
 	}
 	for _, m := range v.mounts {

@@ -26,12 +26,13 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == standin.Command {
 		standin.Main(os.Args[2:])
 	}
+	if len(os.Args) > 1 && os.Args[1] == containerdshim.MountCommand {
+		check(containerdshim.MountMain(os.Args[2:], os.Stdin))
+		return
+	}
 	args := os.Args
 	if len(args) > 1 && args[len(args)-1] == "start" {
-		if err := containerdshim.StartMain(context.Background(), args, os.Stdin, os.Stdout); err != nil {
-			_, _ = fmt.Fprintf(os.Stderr, "%s: %s\n", filepath.Base(args[0]), oneLine(err.Error()))
-			os.Exit(1)
-		}
+		check(containerdshim.StartMain(context.Background(), args, os.Stdin, os.Stdout))
 		return
 	}
 	// glog and containerd's library both want the flag -v of the program.
@@ -45,6 +46,14 @@ func main() {
 	}
 	containerdversion.Version, containerdversion.Revision = version.Version, version.Commit
 	containerdshim.Serve(context.Background(), newFactory)
+}
+
+// check ends the program with what went wrong.
+func check(err error) {
+	if err != nil {
+		_, _ = fmt.Fprintf(os.Stderr, "%s: %s\n", filepath.Base(os.Args[0]), oneLine(err.Error()))
+		os.Exit(1)
+	}
 }
 
 // oneLine joins the lines of joined errors.
