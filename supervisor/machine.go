@@ -347,6 +347,7 @@ func quote(what string, tail []string) string {
 
 // close ends the VM and waits until it has.
 func (m *machine) close() {
+	m.network.leave()
 	m.vm.Kill()
 	if m.client != nil {
 		m.client.Close()

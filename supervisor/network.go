@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strconv"
 	"sync"
+	"sync/atomic"
 
 	"github.com/golang/glog"
 	"google.golang.org/grpc/codes"
@@ -81,14 +82,15 @@ type podNetwork struct {
 	stop    context.CancelFunc
 	done    chan struct{} // closed when the watcher has ended
 
+	// forwarder leads connections to the pod's loopback, if it has one.
+	forwarder atomic.Pointer[forwarder]
+
 	mu   sync.Mutex // guards the fields below and serialises what changes the guest's network
 	told *network.Config
 	// resolver serves the names of the namespace's name server, if it has one.
 	resolver *resolver
-	// forwarder leads connections to the pod's loopback, if it has one.
-	forwarder *forwarder
-	links     map[int]bool // carrier of the cards as the VM knows it; missing: true
-	warned    string
+	links    map[int]bool // carrier of the cards as the VM knows it; missing: true
+	warned   string
 }
 
 // network opens the network namespace of the pod, which is that of its stand-in.
@@ -238,7 +240,7 @@ func (n *podNetwork) close() {
 		n.watcher.Close()
 	}
 	n.resolver.close()
-	n.forwarder.close()
+	n.forwarder.Load().close()
 	if err := n.ns.Close(); err != nil {
 		glog.Warningf("pod %s: network: %v", n.id, err)
 	}
