@@ -110,6 +110,9 @@ func (p *part) present() []string {
 func (p *part) tables() []table {
 	names := p.present()
 	ts := []table{whoTable(p.Columns)}
+	if len(names) == 0 {
+		return ts
+	}
 	medians := table{title: "Medians", note: "Medians (least to most).", rows: [][]string{append([]string{""}, names...)}}
 	for _, q := range p.Quantities {
 		row := []string{q.Title + ", " + q.Unit}
@@ -253,6 +256,10 @@ func (b *bench) info(r *contender, why error) contenderInfo {
 	i := contenderInfo{Name: r.name, Program: filepath.Base(r.program), Version: r.version, Flags: b.shown(r), Note: r.note}
 	if why != nil {
 		i.Why = why.Error()
+		// Of a command that failed, what it said is enough.
+		if _, said, ok := strings.Cut(i.Why, ": exit code "); ok {
+			i.Why = "exit code " + said
+		}
 	}
 	return i
 }
