@@ -16,6 +16,7 @@ import (
 	"github.com/hyperhq/runv/driverloader"
 	"github.com/hyperhq/runv/guestimage"
 	"github.com/hyperhq/runv/version"
+	"github.com/hyperhq/runv/virtiofs"
 )
 
 func (a *app) checkCommand() *cli.Command {
@@ -40,7 +41,7 @@ what some containers need. The exit code is 1 if no container can run.`,
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			vs = append(vs, a.driverVerdict(ctx), a.imageVerdict())
+			vs = append(vs, a.virtiofsVerdict(ctx), a.driverVerdict(ctx), a.imageVerdict())
 			ok, err := printVerdicts(cmd.Root().Writer, vs, format)
 			if err != nil {
 				return err
@@ -51,6 +52,22 @@ what some containers need. The exit code is 1 if no container can run.`,
 			return nil
 		},
 	}
+}
+
+// virtiofsVerdict is about the server that some VMs have for their files.
+func (a *app) virtiofsVerdict(ctx context.Context) driverloader.Verdict {
+	v := driverloader.Verdict{Name: "virtiofsd", Required: a.config.Share == "virtiofs"}
+	p, err := virtiofs.Find(ctx, a.config.Virtiofsd)
+	if err != nil {
+		v.Detail = oneLine(err.Error())
+		v.Hint = "optional: virtual machines that boot with KVM use it; QEMU serves the files otherwise"
+		if v.Required {
+			v.Hint = "install it, or let the key share be \"auto\" or \"9p\""
+		}
+		return v
+	}
+	v.OK, v.Detail = true, fmt.Sprintf("%s, version %s", p.Path, p.Version)
+	return v
 }
 
 // driverVerdict is about the driver that containers would get.

@@ -85,6 +85,7 @@ type (
 		Cloned         bool     `json:"cloned"`
 		Warning        string   `json:"warning,omitempty"`
 		Network        string   `json:"network,omitempty"`
+		Share          string   `json:"share,omitempty"`
 		Usage          *jsonVM  `json:"usage,omitempty"`
 		Args           []string `json:"args,omitempty"`
 	}
@@ -135,7 +136,7 @@ func inspection(ct *client.Container, r *supervisorv1.InspectResponse) *inspecte
 			Driver: r.Info.Driver, Machine: r.Machine, Kernel: r.Vm.GetKernel(), Initrd: r.Vm.GetInitrd(),
 			KernelRelease: printable(r.KernelRelease), Agent: printable(r.AgentVersion), Architecture: printable(r.Architecture),
 			Template: r.Vm.GetTemplate(), TemplatePolicy: r.Vm.GetTemplatePolicy(), Cloned: r.Cloned, Warning: r.VmWarning,
-			Network: r.Vm.GetNetwork(), Usage: vmJSON(r.Stats), Args: args,
+			Network: r.Vm.GetNetwork(), Share: r.Share, Usage: vmJSON(r.Stats), Args: args,
 		}
 	}
 	if t := r.Start; t != nil {

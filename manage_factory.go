@@ -145,10 +145,16 @@ func (a *app) factoryEntries(cmd *cli.Command) ([]pool.Entry, error) {
 	if text := cmd.String("policy"); text != "" {
 		a.config.Factory = text
 	}
+	if err := a.cloneable(); err != nil {
+		return nil, err
+	}
 	base, err := a.vm()
 	if err != nil {
 		return nil, err
 	}
+	// Who claims a VM may have said so, and who starts one beforehand need not ask
+	// what is there.
+	base.Share = "9p"
 	text := cmp.Or(cmd.String("policy"), base.Factory)
 	list, err := policy.Parse(text)
 	if err != nil {

@@ -279,9 +279,21 @@ func (a *app) templateVM() (*supervisorv1.VM, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := a.cloneable(); err != nil {
+		return nil, err
+	}
 	// The state of QEMU's own network stack would be part of the template.
 	vm.Network = "none"
 	return vm, nil
+}
+
+// cloneable refuses to make VMs for others to be cloned from, or to be kept ready,
+// which nobody would get.
+func (a *app) cloneable() error {
+	if a.config.Share == "virtiofs" {
+		return errors.New("key \"share\" is \"virtiofs\": virtual machines with it are neither cloned from a template nor kept ready; say --share=9p or --share=auto")
+	}
+	return nil
 }
 
 // withDriver calls f with the VM's driver, and a Config whose share exists until

@@ -238,7 +238,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 		if err != nil {
 			_ = p.child.Signal(syscall.SIGKILL)
 			err = errors.Join(err, c.engine.Destroy())
-			err = errors.Join(err, c.release())
+			err = errors.Join(err, a.release(c))
 		}
 	}
 	if err != nil {
@@ -256,7 +256,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateContainerRequest, stdio Stdio) (made *Process, err error) {
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, c.release())
+			err = errors.Join(err, a.release(c))
 		}
 	}()
 	defer a.survive(&err)
@@ -269,8 +269,10 @@ func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateCont
 	return c.engine.Create(ctx, stdio)
 }
 
-// release takes the container's disks away, when nothing else is left of it.
-func (c *container) release() error {
+// release takes the container's disks away, and what the kernel remembers of its
+// shared files, when nothing else is left of it.
+func (a *Agent) release(c *container) error {
+	defer a.system.ForgetShared(c.id)
 	if c.storage == nil {
 		return nil
 	}
@@ -507,7 +509,7 @@ func (a *Agent) delete(id string) error {
 	}
 	c.making.Wait()
 	// The host takes the disks out, whatever is still there.
-	if err := c.release(); err != nil {
+	if err := a.release(c); err != nil {
 		a.log.Printf("container %s: %v", c.id, err)
 	}
 	c.mu.Lock()

@@ -31,23 +31,24 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // fakeSystem records what it was told.
 type fakeSystem struct {
-	mu       sync.Mutex
-	clock    time.Time
-	entropy  []byte
-	hostname string
-	machine  string
-	mounted  []string
-	dhcp     int
-	networks []*agentv1.NetworkConfig
-	mac      net.HardwareAddr
-	syncs    int
-	settled  int
-	disks    int // plugged
-	overlays int // that are not removed
-	frozen   int
-	trials   int    // that are not undone
-	trial    string // program of the trial
-	fail     string // the method that fails
+	mu        sync.Mutex
+	clock     time.Time
+	entropy   []byte
+	hostname  string
+	machine   string
+	mounted   []string
+	dhcp      int
+	networks  []*agentv1.NetworkConfig
+	mac       net.HardwareAddr
+	syncs     int
+	settled   int
+	disks     int // plugged
+	overlays  int // that are not removed
+	frozen    int
+	forgotten []string // containers
+	trials    int      // that are not undone
+	trial     string   // program of the trial
+	fail      string   // the method that fails
 }
 
 var errFake = errors.New("fake failure")
@@ -121,6 +122,10 @@ func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {
 		defer f.mu.Unlock()
 		f.mounted = f.mounted[:len(f.mounted)-1]
 	}, err
+}
+
+func (f *fakeSystem) ForgetShared(id string) {
+	_ = f.call("forget", func() { f.forgotten = append(f.forgotten, id) })
 }
 
 func (f *fakeSystem) Processes(pids []int) ([]*agentv1.ProcessInfo, error) {

@@ -448,8 +448,10 @@ func (g *Guest) Overlay(ctx context.Context, id string, r *agentv1.Rootfs) (_ fu
 	}
 	mounted++
 	lower := filepath.Join(agentv1.ShareDir, r.GetShareTag(), r.GetSharePath())
+	// With a slash, so that the kernel mounts a file system of the host's that the
+	// share has there; an overlay takes no directory that waits for that.
 	var st unix.Stat_t
-	if err := unix.Stat(lower, &st); err != nil {
+	if err := unix.Stat(lower+"/", &st); err != nil {
 		return nil, &os.PathError{Op: "stat", Path: lower, Err: err}
 	}
 	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")

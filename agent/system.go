@@ -4,13 +4,11 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"log"
 	"os"
-	"path/filepath"
 	"runtime"
-	"strings"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -24,6 +22,8 @@ type Guest struct {
 	log     *log.Logger
 	loaded  chan struct{}
 	modules *modules // set when loaded is closed
+	// submounts: a share has been mounted that mounts more by itself.
+	submounts atomic.Bool
 
 	// The agent calls what uses these one at a time.
 	cards   cards
@@ -127,50 +127,6 @@ func (g *Guest) SetMachineID(id string) error {
 		return err
 	}
 	return os.WriteFile("/etc/machine-id", []byte(id+"\n"), 0o444)
-}
-
-// MountShare implements System.
-func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
-	dir := filepath.Join(agentv1.ShareDir, s.Tag)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return nil, err
-	}
-	data := s.Options
-	if s.Type == "9p" {
-		data = joinOptions("trans=virtio,version=9p2000.L,msize=524288", s.Options)
-	}
-	// The kernel would ask for it too, by starting a program.
-	if err := g.modules.load("fs-" + s.Type); err != nil && !errors.Is(err, errNoModule) {
-		g.log.Print(err)
-	}
-	var flags uintptr
-	if s.ReadOnly {
-		flags |= unix.MS_RDONLY
-	}
-	if err := unix.Mount(s.Tag, dir, s.Type, flags, data); err != nil {
-		_ = os.Remove(dir)
-		return nil, err
-	}
-	// Volumes with a propagation of their own become peers of it in every
-	// container of the pod; all others are made private.
-	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
-		return nil, errors.Join(fmt.Errorf("share its mounts: %w", err), unix.Unmount(dir, unix.MNT_DETACH), os.Remove(dir))
-	}
-	return func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			g.log.Printf("unmount share %s: %v", s.Tag, err)
-			return
-		}
-		_ = os.Remove(dir)
-	}, nil
-}
-
-// joinOptions appends options to those that are always set.
-func joinOptions(fixed, more string) string {
-	if more = strings.Trim(more, ","); more == "" {
-		return fixed
-	}
-	return fixed + "," + more
 }
 
 // Sync implements System.

@@ -39,6 +39,11 @@ need=(
 kernel=("linux-image-$arch")
 [[ $# -eq 0 ]] || need=("$@") kernel=()
 
+# Debian 12 has virtiofsd in qemu-system-common, which QEMU needs anyway.
+if [[ $(. /etc/os-release && echo "${VERSION_ID:-}") != 12 ]]; then
+	need+=(virtiofsd "serves the host's files to some VMs")
+fi
+
 missing=()
 listed() {
 	[[ $# -eq 0 ]] || apt-cache show --no-all-versions "$@" >/dev/null 2>&1

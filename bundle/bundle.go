@@ -271,7 +271,7 @@ func VM(c *config.Config) (*supervisorv1.VM, error) {
 	vm := &supervisorv1.VM{
 		Driver: c.Driver, Machine: c.Machine, Kernel: kernel, Initrd: initrd, KernelParams: c.KernelParams,
 		Vcpus: uint32(c.VCPUs), MemoryMib: uint32(c.Memory), Transport: c.Transport, Network: c.Network, Nics: uint32(c.NICs),
-		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox,
+		QemuPath: c.QEMU, QemuSandbox: c.QEMUSandbox, Share: c.Share, Virtiofsd: c.Virtiofsd,
 		BootTimeoutMs: uint32(time.Duration(c.BootTimeout).Milliseconds()),
 	}
 	dir := c.TemplateDir()

@@ -80,6 +80,8 @@ type Config struct {
 	Transport     string   `toml:"transport" usage:"how the guest agent is reached, 'serial' or 'vsock'; empty: the best that works here"`
 	Network       string   `toml:"network" usage:"'namespace' for the interfaces of the container's network namespace, 'none', or 'user' for QEMU's user-mode network stack"`
 	NICs          int      `toml:"nics" usage:"network cards of a VM, the most interfaces that a pod can have; part of a template"`
+	Share         string   `toml:"share" usage:"how the guest reaches the host's files, '9p', 'virtiofs' (never cloned or kept ready), or 'auto' for virtiofs where a VM boots with KVM and virtiofsd is there, else 9p"`
+	Virtiofsd     string   `toml:"virtiofsd" usage:"path of virtiofsd; empty: looked up in the usual places"`
 	BootTimeout   Duration `toml:"boot-timeout" usage:"longest time from the start of a VM to its agent's first answer"`
 	RequireCgroup bool     `toml:"require-cgroup" usage:"fail if a container's cgroup on the host cannot be made or its limits not be set there, instead of a warning"`
 	Template      string   `toml:"template" usage:"directory of the template that VMs are cloned from, as 'runv manage create-template' makes it, or of those of --factory; empty or 'off': none"`
@@ -101,6 +103,7 @@ func Default() Config {
 		Memory:      512,
 		Network:     "namespace",
 		NICs:        DefaultNICs,
+		Share:       "auto",
 		BootTimeout: Duration(2 * time.Minute),
 
 		Factory:        policy.None,
@@ -235,6 +238,7 @@ func (c *Config) check() (key string, err error) {
 		{"log-format", c.LogFormat, []string{"text", "json"}},
 		{"transport", c.Transport, []string{"", "serial", "vsock"}},
 		{"network", c.Network, []string{"namespace", "none", "user"}},
+		{"share", c.Share, []string{"auto", "9p", "virtiofs"}},
 		{"template-policy", c.TemplatePolicy, []string{"required", "preferred", "off"}},
 	} {
 		ok := false

@@ -50,6 +50,23 @@ type Share struct {
 	Path string
 	// ReadOnly is enforced on the host's side.
 	ReadOnly bool
+	// Server is a connection to a process that serves Path with virtiofs (the
+	// vhost-user protocol, device type "fs"). The file stays the caller's. Nil:
+	// the hypervisor serves Path itself, with 9p. Such a process has the guest's
+	// memory mapped, so a VM with one is neither saved nor cloned (ErrUnsupported),
+	// and what is read-only is the process's business.
+	Server *os.File
+}
+
+// CheckCloning returns an error that wraps ErrUnsupported and names the share
+// because of which a VM made of c can be neither saved nor cloned.
+func (c *Config) CheckCloning() error {
+	for i, s := range c.Shares {
+		if s.Server != nil {
+			return fmt.Errorf("shares[%d]: %q is served with virtiofs, which needs memory that is shared with its server and so can be neither saved nor cloned: %w", i, s.Tag, ErrUnsupported)
+		}
+	}
+	return nil
 }
 
 // NIC is one network card of the VM.
@@ -132,6 +149,9 @@ func (c *Config) Validate() error {
 		if s.Path == "" || s.Path[0] != '/' {
 			return fmt.Errorf("vm config: shares[%d].path is %q, want an absolute path", i, s.Path)
 		}
+		if s.Server != nil && s.ReadOnly {
+			return fmt.Errorf("vm config: shares[%d] is read-only and has a server, whose business that is", i)
+		}
 		tags[s.Tag] = true
 	}
 	for i, n := range c.NICs {
@@ -185,8 +205,8 @@ type VM interface {
 	// Snapshot saves the VM: the state of its devices and the memory that is
 	// not zero. The VM must be paused and stays so. The guest must be quiet:
 	// nobody connected to its agent (AwaitAgent), no share mounted (what a file
-	// server has open is not part of the state); the caller sees to that. The
-	// result is the caller's to close.
+	// server has open is not part of the state); the caller sees to that. A VM
+	// with a Share.Server is refused. The result is the caller's to close.
 	Snapshot(ctx context.Context) (*Snapshot, error)
 	// AttachDisk plugs a disk. It returns when the guest could see it; the guest
 	// may take its time to. A disk is no part of a snapshot: a VM that is saved

@@ -16,7 +16,7 @@ import (
 )
 
 // sizes and choices of a VM are compared by what they mean, not by their text.
-var byMeaning = []protoreflect.Name{"vcpus", "memory_mib", "template", "template_policy", "factory", "boot_timeout_ms"}
+var byMeaning = []protoreflect.Name{"vcpus", "memory_mib", "template", "template_policy", "factory", "boot_timeout_ms", "share", "virtiofsd"}
 
 // fits says why a VM that was made as have does not serve a request for want: nil
 // if it does. Any more processors and memory are good, as with templates: the
@@ -27,6 +27,10 @@ func fits(have, want *supervisorv1.VM) error {
 	}
 	if have.MemoryMib < want.MemoryMib {
 		return fmt.Errorf("memory: it has %d MiB, %d are asked for", have.MemoryMib, want.MemoryMib)
+	}
+	// One that is ready has 9p, whatever its own configuration says.
+	if want.Share == "virtiofs" {
+		return fmt.Errorf("share: it has 9p, virtiofs is asked for, and a VM with that is not kept ready")
 	}
 	h, err := source(have)
 	if err != nil {

@@ -59,6 +59,7 @@ func (v *service) Inspect(ctx context.Context, _ *supervisorv1.InspectRequest) (
 	resp.Vm, resp.Start = s.vmRequest, s.times.message()
 	if m := s.machine; m != nil {
 		resp.VmWarning, resp.Cloned, resp.Machine = m.warning, s.clonedLocked(), s.vmRequest.GetMachine()
+		resp.Share = m.shareKind()
 		resp.VmArgs = argsOf(m.vm.Pid())
 		if g := m.client.Guest(); g != nil {
 			resp.AgentVersion, resp.KernelRelease, resp.Architecture = g.AgentVersion, g.KernelRelease, g.Architecture

@@ -49,6 +49,12 @@ type machine struct {
 	unplugged sync.Once
 	// oomKills is what the host had counted when the VM was started.
 	oomKills uint64
+	// files serves the pod's share with virtiofs; nil: the hypervisor serves it.
+	files    fileServer
+	guarding sync.WaitGroup // guard's goroutine
+
+	mu       sync.Mutex
+	filesEnd string // guarded by mu; how files ended, if that ended the VM
 	// warning is what the factory says of a VM that is not what was wished for.
 	warning string
 }
@@ -79,34 +85,44 @@ type launchOptions struct {
 // any pod's yet.
 func launch(ctx context.Context, cfg hypervisor.Config, o launchOptions) (_ *machine, err error) {
 	begin := time.Now()
+	vm, warning, err := uncloned(cfg.Name, o.vm)
+	if err != nil {
+		return nil, err
+	}
 	end := trace.Begin(ctx, "find the driver")
-	f, driver, err := o.factory(ctx, o.vm)
+	f, driver, err := o.factory(ctx, vm)
 	end()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	m := &machine{driver: driver, oomKills: hostOOMKills()}
+	m := &machine{driver: driver, oomKills: hostOOMKills(), warning: warning}
 	end = trace.Begin(ctx, "taps")
-	m.taps, err = plug(o.vm, &cfg)
+	m.taps, err = plug(vm, &cfg)
 	end()
 	if err != nil {
+		return nil, err
+	}
+	if m.files, err = startFileServer(ctx, vm, driver, &cfg); err != nil {
+		m.unplug()
 		return nil, err
 	}
 	end = trace.Begin(ctx, "start it")
 	m.vm, err = f.GetVM(ctx, cfg)
 	end()
 	if err != nil {
+		m.closeFiles()
 		m.unplug()
 		return nil, err
 	}
+	m.guard()
 	defer func() {
 		if err != nil {
 			err = m.explain(err)
 			m.close()
 		}
 	}()
-	if w, ok := f.(warner); ok {
+	if w, ok := f.(warner); ok && m.warning == "" {
 		m.warning = w.Warning()
 	}
 	up := time.Now()
@@ -166,7 +182,8 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		// A hypervisor that loads a kernel fills much memory before anybody hears of
 		// it, and memory belongs to the cgroup in which it was first used. A clone
 		// does not, and has no time to wait.
-		if vm.Template == "" {
+		// A file server is never moved: it is started in the cgroup.
+		if vm.Template == "" || vm.Share == shareVirtiofs {
 			c.cgroup.await(ctx)
 		}
 		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, started: func(m *machine) error {
@@ -198,7 +215,7 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	sandbox := &agentv1.ConfigureSandboxRequest{
 		SandboxId: s.o.SandboxID,
 		Hostname:  req.Container.GetHostname(),
-		Shares:    guestShares(),
+		Shares:    m.guestShares(),
 		Network:   &agentv1.Network{Mode: agentv1.Network_MODE_NONE},
 	}
 	if m.network, err = s.openNetwork(m, c.record.StandIn); err != nil {
@@ -224,11 +241,6 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 	s.timed(&s.times.configured)
 	glog.V(1).Infof("pod %s: the guest is configured after %v", s.o.SandboxID, time.Since(begin))
 	return m, nil
-}
-
-// guestShares is what the guest mounts of the host.
-func guestShares() []*agentv1.Share {
-	return []*agentv1.Share{{Tag: agentv1.ShareTag, Type: "9p", Options: shareOptions}}
 }
 
 // VMConfig translates what a request asks of its VM. A template is made with it
@@ -299,6 +311,9 @@ func (m *machine) explain(err error) error {
 		defer t.Stop()
 		select {
 		case <-m.vm.Done():
+			if why := m.filesEnded(); why != "" {
+				return status.Error(codes.Unavailable, why)
+			}
 			return status.Error(codes.Unavailable, m.quote("the virtual machine "+guest.Text(m.vm.Exit().String())))
 		case <-t.C:
 		}
@@ -353,6 +368,7 @@ func (m *machine) close() {
 		m.client.Close()
 	}
 	<-m.vm.Done()
+	m.closeFiles()
 	m.unplug()
 }
 

@@ -129,7 +129,7 @@ func (m *machine) yield(ctx context.Context, yields <-chan bool) (stop func()) {
 // warm lets the guest do once what the pod's first container will need. Its
 // processors are stopped after that: a VM that stands by uses no time.
 func (b *Standby) warm(ctx context.Context) error {
-	if _, err := b.machine.client.Settle(ctx, &agentv1.SettleRequest{Shares: guestShares()}); err != nil {
+	if _, err := b.machine.client.Settle(ctx, &agentv1.SettleRequest{Shares: b.machine.guestShares()}); err != nil {
 		return fmt.Errorf("warm the guest: %w", err)
 	}
 	return b.rehearse(ctx)

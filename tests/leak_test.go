@@ -116,10 +116,13 @@ type proc struct {
 
 func (p proc) String() string { return fmt.Sprintf("%d %s", p.pid, strings.Join(p.args, " ")) }
 
-// is tells whether the process is the runtime's hidden command, or QEMU.
+// is tells whether the process is the runtime's hidden command, QEMU or virtiofsd.
 func (p proc) is(what string) bool {
-	if what == "qemu" {
+	switch what {
+	case "qemu":
 		return len(p.args) > 0 && strings.Contains(filepath.Base(p.args[0]), "qemu-system")
+	case "virtiofsd":
+		return len(p.args) > 0 && filepath.Base(p.args[0]) == "virtiofsd"
 	}
 	for _, a := range p.args[1:] {
 		if a == what {
@@ -130,14 +133,15 @@ func (p proc) is(what string) bool {
 }
 
 // processes of this test: those that name its directory in their arguments or
-// environment, or have something below it open, mounted or as directory. The
-// test itself and its threads are not among them, nor are zombies.
+// environment, or have something below it open, mounted or as directory, and its
+// VMs. The test itself and its threads are not among them, nor are zombies.
 func (r *rt) processes() []proc {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil
 	}
-	needle := []byte(r.dir)
+	// A QEMU that serves no files is told by its pod's name alone.
+	needle, guest := []byte(r.dir), []byte("guest="+r.id+"-")
 	var found []proc
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
@@ -150,7 +154,7 @@ func (r *rt) processes() []proc {
 			continue // ended, a zombie, or a thread of the kernel
 		}
 		environ, _ := os.ReadFile(filepath.Join(dir, "environ"))
-		if bytes.Contains(cmdline, needle) || bytes.Contains(environ, needle) || r.holds(dir) {
+		if bytes.Contains(cmdline, needle) || bytes.Contains(cmdline, guest) || bytes.Contains(environ, needle) || r.holds(dir) {
 			found = append(found, proc{pid, strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")})
 		}
 	}

@@ -276,57 +276,163 @@ func TestBlockRootfs(t *testing.T) {
 // config map, are new to the container at once, whichever way they are replaced.
 func TestVolumeFollowsTheHost(t *testing.T) {
 	t.Parallel()
-	r := newRT(t)
-	vol := filepath.Join(r.dir, "vol")
-	for _, d := range []string{"..one", "..two"} {
-		if err := os.MkdirAll(filepath.Join(vol, d), 0o755); err != nil {
-			t.Fatal(err)
+	eachShare(t, func(r *rt) {
+		t := r.t
+		vol := filepath.Join(r.dir, "vol")
+		for _, d := range []string{"..one", "..two"} {
+			if err := os.MkdirAll(filepath.Join(vol, d), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			r.write(filepath.Join(vol, d, "key"), "value of "+d+"\n")
 		}
-		r.write(filepath.Join(vol, d, "key"), "value of "+d+"\n")
-	}
-	link := func(target, name string) {
-		t.Helper()
-		tmp := filepath.Join(vol, "tmp")
-		if err := os.Symlink(target, tmp); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(tmp, filepath.Join(vol, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	link("..one", "..data")
-	link("..data/key", "key")
-	r.write(filepath.Join(vol, "in-place"), "old\n")
-	r.write(filepath.Join(vol, "over"), "old\n")
-	id := r.running(func(s *specs.Spec) {
-		s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: vol, Destination: "/vol", Options: []string{"rbind", "ro"}})
-	})
-	read := func(when string, want ...string) {
-		t.Helper()
-		// Twice: what was read before must not be what is read again.
-		for range 2 {
-			if got := r.exec(id, "cat", "/vol/key", "/vol/in-place", "/vol/over"); got != strings.Join(want, "\n")+"\n" {
-				t.Errorf("%s the container reads %q, want %q", when, got, want)
+		link := func(target, name string) {
+			t.Helper()
+			tmp := filepath.Join(vol, "tmp")
+			if err := os.Symlink(target, tmp); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(tmp, filepath.Join(vol, name)); err != nil {
+				t.Fatal(err)
 			}
 		}
-	}
-	read("at first", "value of ..one", "old", "old")
-	link("..two", "..data")
-	read("after the swap of the link", "value of ..two", "old", "old")
-	if err := os.RemoveAll(filepath.Join(vol, "..one")); err != nil {
-		t.Fatal(err)
-	}
-	// The same length and, with luck, the same second: neither may matter.
-	r.write(filepath.Join(vol, "in-place"), "new\n")
-	read("after a write in place", "value of ..two", "new", "old")
-	r.write(filepath.Join(vol, "tmp"), "new\n")
-	if err := os.Rename(filepath.Join(vol, "tmp"), filepath.Join(vol, "over")); err != nil {
-		t.Fatal(err)
-	}
-	read("after a rename over it", "value of ..two", "new", "new")
-	r.write(filepath.Join(vol, "in-place"), "longer than before\n")
-	read("after it has grown", "value of ..two", "longer than before", "new")
-	r.ok("delete", "--force", id)
+		link("..one", "..data")
+		link("..data/key", "key")
+		r.write(filepath.Join(vol, "in-place"), "old\n")
+		r.write(filepath.Join(vol, "over"), "old\n")
+		id := r.running(func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: vol, Destination: "/vol", Options: []string{"rbind", "ro"}})
+		})
+		read := func(when string, want ...string) {
+			t.Helper()
+			// Twice: what was read before must not be what is read again.
+			for range 2 {
+				if got := r.exec(id, "cat", "/vol/key", "/vol/in-place", "/vol/over"); got != strings.Join(want, "\n")+"\n" {
+					t.Errorf("%s the container reads %q, want %q", when, got, want)
+				}
+			}
+		}
+		read("at first", "value of ..one", "old", "old")
+		link("..two", "..data")
+		read("after the swap of the link", "value of ..two", "old", "old")
+		if err := os.RemoveAll(filepath.Join(vol, "..one")); err != nil {
+			t.Fatal(err)
+		}
+		// The same length and, with luck, the same second: neither may matter.
+		r.write(filepath.Join(vol, "in-place"), "new\n")
+		read("after a write in place", "value of ..two", "new", "old")
+		r.write(filepath.Join(vol, "tmp"), "new\n")
+		if err := os.Rename(filepath.Join(vol, "tmp"), filepath.Join(vol, "over")); err != nil {
+			t.Fatal(err)
+		}
+		read("after a rename over it", "value of ..two", "new", "new")
+		r.write(filepath.Join(vol, "in-place"), "longer than before\n")
+		read("after it has grown", "value of ..two", "longer than before", "new")
+		r.write(filepath.Join(vol, "in-place"), "less\n")
+		read("after it has shrunk", "value of ..two", "less", "new")
+		r.ok("delete", "--force", id)
+	})
+}
+
+// A volume is the same on both sides at any moment, whoever writes: what one side
+// has done is what the other reads next, also through a file that it has open.
+func TestVolumeIsCoherent(t *testing.T) {
+	t.Parallel()
+	eachShare(t, func(r *rt) {
+		t := r.t
+		vol := filepath.Join(r.dir, "vol")
+		if err := os.Mkdir(vol, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		at := func(name string) string { return filepath.Join(vol, name) }
+		r.write(at("f"), "one\n")
+		id := r.running(func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: vol, Destination: "/vol", Options: []string{"rbind", "rw"}})
+		})
+		in := func(script string) string {
+			t.Helper()
+			return r.exec(id, "sh", "-c", "cd /vol; "+script)
+		}
+		host := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		seen := func(what, got, want string) {
+			t.Helper()
+			if got != want {
+				t.Errorf("%s: %q, want %q", what, got, want)
+			}
+		}
+		text := func(name string) string {
+			t.Helper()
+			b, err := os.ReadFile(at(name))
+			host(err)
+			return string(b)
+		}
+		const size, names = "stat -c %s f; cat f", "ls"
+
+		// The host does, the container looks.
+		seen("at first", in(size), "4\none\n")
+		f, err := os.OpenFile(at("f"), os.O_WRONLY|os.O_APPEND, 0)
+		host(err)
+		defer f.Close()
+		_, err = f.WriteString("two\n")
+		host(err)
+		seen("after the host appended", in(size), "8\none\ntwo\n")
+		host(os.Truncate(at("f"), 2))
+		seen("after the host truncated", in(size), "2\non")
+		host(os.Truncate(at("f"), 6))
+		seen("after the host made a hole", in("stat -c %s f; od -An -c f"), "6\n   o   n  \\0  \\0  \\0  \\0\n")
+		host(os.Chmod(at("f"), 0o640))
+		host(os.Chown(at("f"), 12, 34))
+		seen("after the host's chmod and chown", in("stat -c '%a %u %g' f"), "640 12 34\n")
+		host(os.Rename(at("f"), at("g")))
+		seen("after the host's rename", in(names), "g\n")
+		host(os.Mkdir(at("d"), 0o755))
+		r.write(at("d/x"), "x\n")
+		seen("after the host's mkdir", in("ls; cat d/x"), "d\ng\nx\n")
+		host(os.Rename(at("d"), at("e")))
+		seen("after the host renamed a directory", in("ls; cat e/x; cat d/x 2>/dev/null || echo none"), "e\ng\nx\nnone\n")
+		host(os.RemoveAll(at("e")))
+		host(os.Remove(at("g")))
+		seen("after the host's removal", in(names), "")
+
+		// The container does, the host looks.
+		in("echo one > f")
+		seen("the container's file", text("f"), "one\n")
+		in("echo two >> f")
+		seen("what the container appended", text("f"), "one\ntwo\n")
+		in("truncate -s 2 f")
+		seen("what the container truncated", text("f"), "on")
+		in("mv f g; mkdir d; echo x > d/x; mv d e; ln g h; ln -s g l; chmod 604 g; chown 5:6 g")
+		seen("what the container moved", text("e/x"), "x\n")
+		if target, err := os.Readlink(at("l")); err != nil || target != "g" {
+			t.Errorf("the container's link is %q (%v)", target, err)
+		}
+		var st unix.Stat_t
+		host(unix.Stat(at("g"), &st))
+		if st.Mode&0o7777 != 0o604 || st.Uid != 5 || st.Gid != 6 || st.Nlink != 2 {
+			t.Errorf("the container's file is %o of %d:%d with %d links, want 604 of 5:6 with 2", st.Mode&0o7777, st.Uid, st.Gid, st.Nlink)
+		}
+		in("rm -r e g h l")
+		if left, err := os.ReadDir(vol); err != nil || len(left) != 0 {
+			t.Errorf("after the container's removal there are %v (%v)", left, err)
+		}
+
+		// A reader that keeps the file open follows the writer of the other side.
+		in("echo begin > log")
+		b := r.start(nil, "exec", id, "sh", "-c", "exec 3< /vol/log; while ! read line <&3 || [ \"$line\" != end ]; do :; done; echo followed")
+		log, err := os.OpenFile(at("log"), os.O_WRONLY|os.O_APPEND, 0)
+		host(err)
+		defer log.Close()
+		_, err = log.WriteString("more\nend\n")
+		host(err)
+		if code := b.wait(); code != 0 || b.output() != "followed\n" {
+			t.Errorf("who reads a file that grows ends with %d and %q", code, b.output())
+		}
+		r.ok("delete", "--force", id)
+	})
 }
 
 // A disk goes into a clone as into any other VM, comes and goes with a container

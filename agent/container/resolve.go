@@ -143,17 +143,24 @@ func openAt(dir *os.File, name string, flags int, mode uint32) (*os.File, error)
 }
 
 // openShare opens a path below a share's directory. Nothing in the share is
-// followed: the host has resolved it.
+// followed: the host has resolved it. A directory is opened as one, which makes
+// the kernel mount what the share has there, if it is another file system of the
+// host's (virtiofs announces these).
 func openShare(shareDir, tag, p string) (*os.File, error) {
 	dir, err := unix.Open(path.Join(shareDir, tag), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("share %q: %w", tag, err)
 	}
 	defer func() { _ = unix.Close(dir) }()
-	fd, err := unix.Openat2(dir, p, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_DIRECTORY,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	}
+	fd, err := unix.Openat2(dir, p, &how)
+	if errors.Is(err, unix.ENOTDIR) {
+		how.Flags &^= unix.O_DIRECTORY
+		fd, err = unix.Openat2(dir, p, &how)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%q of share %q: %w", p, tag, err)
 	}

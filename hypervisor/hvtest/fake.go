@@ -81,6 +81,9 @@ func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
+	if err := c.CheckCloning(); err != nil {
+		return nil, err
+	}
 	if err := s.Check(); err != nil {
 		return nil, err
 	}
@@ -327,6 +330,9 @@ func (v *VM) Snapshot(ctx context.Context) (*hypervisor.Snapshot, error) {
 
 func (v *VM) snapshot(ctx context.Context) (*hypervisor.Snapshot, error) {
 	if err := v.use(ctx); err != nil {
+		return nil, err
+	}
+	if err := v.Config.CheckCloning(); err != nil {
 		return nil, err
 	}
 	fp, err := (&Driver{}).Fingerprint(v.Config)

@@ -64,6 +64,7 @@ func Run(t *testing.T, d hypervisor.Driver, c hypervisor.Config) {
 		{"CloneCancelled", s.cloneCancelled},
 		{"KilledMeanwhile", s.killedMeanwhile},
 		{"Disks", s.disks},
+		{"ServedShare", s.servedShare},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			before := openFiles(t)

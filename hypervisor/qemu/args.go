@@ -35,6 +35,9 @@ type ArgsOptions struct {
 	// TapFDs are taps, one for each card that has one, in the cards' order.
 	// VhostNetFDs are as many files of /dev/vhost-net, or none.
 	TapFDs, VhostNetFDs []int
+	// ShareFDs are the connections to the shares' servers, one for each that has
+	// one, in the shares' order.
+	ShareFDs []int
 	// VhostFD is an open /dev/vhost-vsock, used with the vsock transport only.
 	VhostFD int
 	// TSCKHz is the rate of the host's time stamp counter in kHz, 0 if unknown.
@@ -113,9 +116,13 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 	b.add("-smp", strconv.Itoa(c.VCPUs))
 	b.add("-m", strconv.Itoa(c.MemoryMiB)+"M")
 	size := ",id=ram,size=" + strconv.Itoa(c.MemoryMiB) + "M,merge=off,dump=off"
-	if o.MemoryFD == 0 {
+	switch {
+	case o.MemoryFD == 0 && c.CheckCloning() != nil:
+		// The servers of shares map it.
+		b.add("-object", "memory-backend-memfd"+size+",share=on")
+	case o.MemoryFD == 0:
 		b.add("-object", "memory-backend-ram"+size)
-	} else {
+	default:
 		// QEMU opens the file for reading and writing even to map it private.
 		// The seals of the memfd are what protects it; QEMU 8.2 and later could
 		// protect a file by readonly=on,rom=off as well.
@@ -135,8 +142,18 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 		b.add("-chardev", "socket,id=agent,fd="+strconv.Itoa(o.AgentFD))
 		b.add("-device", "virtserialport,id="+agentPort+",bus=serial.0,nr=1,chardev=agent,name="+escape(c.SerialPort))
 	}
+	served := 0
 	for i, s := range c.Shares {
 		id := "share" + strconv.Itoa(i)
+		if s.Server != nil {
+			if served >= len(o.ShareFDs) {
+				return nil, fmt.Errorf("vm config: shares[%d] has a server, and there are descriptors for %d", i, len(o.ShareFDs))
+			}
+			b.add("-chardev", "socket,id="+id+",fd="+strconv.Itoa(o.ShareFDs[served]))
+			served++
+			b.device("vhost-user-fs", "chardev="+id, "tag="+escape(s.Tag))
+			continue
+		}
 		// passthrough: owners and modes are the host's. remap: files of
 		// several host file systems below one share keep distinct inodes.
 		fs := "local,id=" + id + ",path=" + escape(s.Path) + ",security_model=passthrough,multidevs=remap"

@@ -39,6 +39,10 @@ func TestArgs(t *testing.T) {
 	vsock.Transport, vsock.CID, vsock.VsockPort = hypervisor.TransportVsock, 77, 1024
 	q35 := full
 	q35.Machine = "q35"
+	virtiofs := base()
+	virtiofs.Shares = []hypervisor.Share{{Tag: "runv,x", Path: "/srv", Server: os.Stdin}, {Tag: "plain", Path: "/a"}, {Tag: "b", Path: "/b", Server: os.Stdin}}
+	pciVirtiofs := virtiofs
+	pciVirtiofs.Machine = "q35"
 	taps := base()
 	taps.NICs = []hypervisor.NIC{{Tap: os.Stdin}, {}, {Tap: os.Stdin}}
 
@@ -54,13 +58,16 @@ func TestArgs(t *testing.T) {
 		{"amd64-microvm-vsock", vsock, "amd64", KVM},
 		{"amd64-q35-full", q35, "amd64", KVM},
 		{"amd64-microvm-taps", taps, "amd64", KVM},
+		{"amd64-microvm-virtiofs", virtiofs, "amd64", TCG},
+		{"amd64-q35-virtiofs", pciVirtiofs, "amd64", KVM},
+		{"arm64-virt-virtiofs", virtiofs, "arm64", KVM},
 		{"arm64-virt-tcg", base(), "arm64", TCG},
 		{"arm64-virt-full", full, "arm64", KVM},
 	} {
 		t.Run(test.golden, func(t *testing.T) {
 			args, err := Args(test.config, ArgsOptions{
 				Arch: test.arch, Accel: test.accel,
-				QMPFD: 3, ConsoleFD: 4, LifelineFD: 5, AgentFD: 6, VhostFD: 6, TapFDs: []int{7, 9}, VhostNetFDs: []int{8, 10}, TSCKHz: 2600000,
+				QMPFD: 3, ConsoleFD: 4, LifelineFD: 5, AgentFD: 6, VhostFD: 6, TapFDs: []int{7, 9}, VhostNetFDs: []int{8, 10}, ShareFDs: []int{11, 12}, TSCKHz: 2600000,
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -110,6 +117,12 @@ func TestArgsRefuses(t *testing.T) {
 		"no descriptor": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
 			c.NICs = []hypervisor.NIC{{Tap: os.Stdin}}
 		}, want: "nics[0] has a tap"},
+		"no server": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
+			c.Shares = []hypervisor.Share{{Tag: "a", Path: "/a", Server: os.Stdin}}
+		}, want: "shares[0] has a server"},
+		"read-only server": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
+			c.Shares = []hypervisor.Share{{Tag: "a", Path: "/a", ReadOnly: true, Server: os.Stdin}}
+		}, want: "shares[0] is read-only and has a server"},
 		"two peers": {change: func(c *hypervisor.Config, _ *ArgsOptions) {
 			c.NICs = []hypervisor.NIC{{Tap: os.Stdin, User: true}}
 		}, want: "nics[0] has two peers"},

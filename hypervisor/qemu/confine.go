@@ -112,6 +112,9 @@ func newJail(program string, accel Accel, c hypervisor.Config) *jail {
 		}
 	}
 	for _, s := range c.Shares {
+		if s.Server != nil {
+			continue // QEMU has nothing to do with the files
+		}
 		b := bind{path: filepath.Clean(s.Path), attr: attrShare, tree: true}
 		if s.ReadOnly {
 			b.attr |= unix.MOUNT_ATTR_RDONLY

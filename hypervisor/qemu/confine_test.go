@@ -50,6 +50,11 @@ func TestNewJail(t *testing.T) {
 		}
 	}
 
+	c.Shares = []hypervisor.Share{{Tag: "served", Path: "/srv/c", Server: os.Stdin}}
+	if j := newJail("/usr/bin/qemu", TCG, c); find(j, "/srv/c") != nil || len(j.capabilities) != 0 {
+		t.Errorf("a QEMU that serves no files sees them, or has the capabilities %v", j.capabilities)
+	}
+
 	c.NICs = []hypervisor.NIC{{}, {User: true}}
 	c.Shares = []hypervisor.Share{{Tag: "rw", Path: "/srv/a/"}, {Tag: "ro", Path: "/srv/b", ReadOnly: true}}
 	j = newJail("/opt/qemu/bin/qemu", KVM, c)

@@ -93,7 +93,7 @@ func fingerprintArgs(c hypervisor.Config, o ArgsOptions) (string, error) {
 	c.NICs = make([]hypervisor.NIC, len(c.NICs))
 	// Measured anew by every process, to a few parts in a million.
 	o.TSCKHz = 0
-	o.TapFDs, o.VhostNetFDs = nil, nil
+	o.TapFDs, o.VhostNetFDs, o.ShareFDs = nil, nil, nil
 	o.QMPFD, o.ConsoleFD, o.AgentFD, o.VhostFD, o.MemoryFD = 0, 0, 0, 0, 0
 	args, err := Args(c, o)
 	if err != nil {

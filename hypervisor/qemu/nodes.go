@@ -90,7 +90,7 @@ const (
 // installed and served then.
 func newNodes(c hypervisor.Config) *nodes {
 	for _, s := range c.Shares {
-		if !s.ReadOnly {
+		if !s.ReadOnly && s.Server == nil {
 			return &nodes{listener: -1, proc: -1, mem: -1}
 		}
 	}

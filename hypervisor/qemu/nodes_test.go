@@ -29,6 +29,7 @@ func TestNewNodes(t *testing.T) {
 		{nil, false},
 		{[]hypervisor.Share{{ReadOnly: true}}, false},
 		{[]hypervisor.Share{{ReadOnly: true}, {}}, true},
+		{[]hypervisor.Share{{Server: os.Stdin}}, false},
 	} {
 		if got := newNodes(hypervisor.Config{Shares: tc.shares}) != nil; got != tc.want {
 			t.Errorf("shares %+v: %v, want %v", tc.shares, got, tc.want)

@@ -164,6 +164,9 @@ func (d *Driver) clone(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 	if err := checkFiles(c); err != nil {
 		return nil, err
 	}
+	if err := c.CheckCloning(); err != nil {
+		return nil, err
+	}
 	if err := s.Check(); err != nil {
 		return nil, err
 	}
@@ -294,6 +297,11 @@ func (d *Driver) start(ctx context.Context, c hypervisor.Config, s *hypervisor.S
 		}
 		child.add(func() { vhost.Close() })
 		opts.VhostNetFDs = append(opts.VhostNetFDs, pass(vhost))
+	}
+	for _, sh := range c.Shares {
+		if sh.Server != nil {
+			opts.ShareFDs = append(opts.ShareFDs, pass(sh.Server))
+		}
 	}
 	consoleTo := []io.Writer{&v.console}
 	if c.ConsoleLog != "" {

@@ -50,6 +50,9 @@ func (v *vm) snapshot(ctx context.Context) (_ *hypervisor.Snapshot, err error) {
 	if v.proc.p.Pid <= 0 {
 		return nil, hypervisor.ErrEnded
 	}
+	if err := v.config.CheckCloning(); err != nil {
+		return nil, err
+	}
 	s := &hypervisor.Snapshot{MemoryBytes: int64(v.config.MemoryMiB) << 20}
 	if s.Fingerprint, err = v.saveFingerprint(ctx); err != nil {
 		return nil, err

@@ -322,7 +322,11 @@ type VM struct {
 	// template, or is that directory.
 	Factory string `protobuf:"bytes,15,opt,name=factory,proto3" json:"factory,omitempty"`
 	// Network cards that the VM has from its start; 0: 1.
-	Nics          uint32 `protobuf:"varint,16,opt,name=nics,proto3" json:"nics,omitempty"`
+	Nics uint32 `protobuf:"varint,16,opt,name=nics,proto3" json:"nics,omitempty"`
+	// How the guest reaches the pod's share: "9p", "virtiofs", or "auto" or empty
+	// for what docs/shares.md says. A VM with virtiofs is never cloned.
+	Share         string `protobuf:"bytes,17,opt,name=share,proto3" json:"share,omitempty"`
+	Virtiofsd     string `protobuf:"bytes,18,opt,name=virtiofsd,proto3" json:"virtiofsd,omitempty"` // path; empty: looked up in the usual places
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -467,6 +471,20 @@ func (x *VM) GetNics() uint32 {
 		return x.Nics
 	}
 	return 0
+}
+
+func (x *VM) GetShare() string {
+	if x != nil {
+		return x.Share
+	}
+	return ""
+}
+
+func (x *VM) GetVirtiofsd() string {
+	if x != nil {
+		return x.Virtiofsd
+	}
+	return ""
 }
 
 // HostMount is one thing of the host that the container is given through the
@@ -3108,6 +3126,7 @@ type InspectResponse struct {
 	Containers    []*InspectContainer `protobuf:"bytes,10,rep,name=containers,proto3" json:"containers,omitempty"`
 	Stats         *VMStats            `protobuf:"bytes,11,opt,name=stats,proto3" json:"stats,omitempty"`
 	VmArgs        []string            `protobuf:"bytes,12,rep,name=vm_args,json=vmArgs,proto3" json:"vm_args,omitempty"` // of the hypervisor's process, as the kernel has it
+	Share         string              `protobuf:"bytes,13,opt,name=share,proto3" json:"share,omitempty"`                 // how the guest reaches the pod's share: "9p" or "virtiofs"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3224,6 +3243,13 @@ func (x *InspectResponse) GetVmArgs() []string {
 		return x.VmArgs
 	}
 	return nil
+}
+
+func (x *InspectResponse) GetShare() string {
+	if x != nil {
+		return x.Share
+	}
+	return ""
 }
 
 // StartTimes says how long after the beginning of the sandbox container's
@@ -4124,7 +4150,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\rcontainer_ids\x18\a \x03(\tR\fcontainerIds\x12\x14\n" +
 	"\x05vcpus\x18\b \x01(\rR\x05vcpus\x12\x1d\n" +
 	"\n" +
-	"memory_mib\x18\t \x01(\rR\tmemoryMib\"\xd3\x03\n" +
+	"memory_mib\x18\t \x01(\rR\tmemoryMib\"\x87\x04\n" +
 	"\x02VM\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x18\n" +
 	"\amachine\x18\x02 \x01(\tR\amachine\x12\x16\n" +
@@ -4143,7 +4169,9 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\btemplate\x18\r \x01(\tR\btemplate\x12'\n" +
 	"\x0ftemplate_policy\x18\x0e \x01(\tR\x0etemplatePolicy\x12\x18\n" +
 	"\afactory\x18\x0f \x01(\tR\afactory\x12\x12\n" +
-	"\x04nics\x18\x10 \x01(\rR\x04nics\"\xa7\x02\n" +
+	"\x04nics\x18\x10 \x01(\rR\x04nics\x12\x14\n" +
+	"\x05share\x18\x11 \x01(\tR\x05share\x12\x1c\n" +
+	"\tvirtiofsd\x18\x12 \x01(\tR\tvirtiofsd\"\xa7\x02\n" +
 	"\tHostMount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x1d\n" +
 	"\n" +
@@ -4384,7 +4412,7 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"KIND_PAUSE\x10\x04\x12\x0f\n" +
 	"\vKIND_RESUME\x10\x05\x12\x0f\n" +
 	"\vKIND_UPDATE\x10\x06\"\x10\n" +
-	"\x0eInspectRequest\"\xf8\x03\n" +
+	"\x0eInspectRequest\"\x8e\x04\n" +
 	"\x0fInspectResponse\x124\n" +
 	"\x04info\x18\x01 \x01(\v2 .runv.supervisor.v1.InfoResponseR\x04info\x12&\n" +
 	"\x02vm\x18\x02 \x01(\v2\x16.runv.supervisor.v1.VMR\x02vm\x12\x1d\n" +
@@ -4401,7 +4429,8 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	" \x03(\v2$.runv.supervisor.v1.InspectContainerR\n" +
 	"containers\x121\n" +
 	"\x05stats\x18\v \x01(\v2\x1b.runv.supervisor.v1.VMStatsR\x05stats\x12\x17\n" +
-	"\avm_args\x18\f \x03(\tR\x06vmArgs\"\xfa\x01\n" +
+	"\avm_args\x18\f \x03(\tR\x06vmArgs\x12\x14\n" +
+	"\x05share\x18\r \x01(\tR\x05share\"\xfa\x01\n" +
 	"\n" +
 	"StartTimes\x12&\n" +
 	"\x0fbegun_unix_nano\x18\x01 \x01(\x03R\rbegunUnixNano\x12\x1f\n" +

@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
+)
+
+// MountShare implements System.
+func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
+	dir := filepath.Join(agentv1.ShareDir, s.Tag)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	data := s.Options
+	if s.Type == "9p" {
+		data = joinOptions("trans=virtio,version=9p2000.L,msize=524288", s.Options)
+	}
+	// The kernel would ask for it too, by starting a program.
+	if err := g.modules.load("fs-" + s.Type); err != nil && !errors.Is(err, errNoModule) {
+		g.log.Print(err)
+	}
+	var flags uintptr
+	if s.ReadOnly {
+		flags |= unix.MS_RDONLY
+	}
+	if err := unix.Mount(s.Tag, dir, s.Type, flags, data); err != nil {
+		_ = os.Remove(dir)
+		return nil, err
+	}
+	// Volumes with a propagation of their own become peers of it in every
+	// container of the pod; all others are made private.
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		return nil, errors.Join(fmt.Errorf("share its mounts: %w", err), unix.Unmount(dir, unix.MNT_DETACH), os.Remove(dir))
+	}
+	if s.Type == "virtiofs" {
+		g.submounts.Store(true)
+	}
+	return func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			g.log.Printf("unmount share %s: %v", s.Tag, err)
+			return
+		}
+		_ = os.Remove(dir)
+	}, nil
+}
+
+// joinOptions appends options to those that are always set.
+func joinOptions(fixed, more string) string {
+	if more = strings.Trim(more, ","); more == "" {
+		return fixed
+	}
+	return fixed + "," + more
+}
+
+// ForgetShared implements System. Where a virtiofs share has another file system
+// of the host's, the kernel mounts that by itself, below the share and for good,
+// and what it remembers of names keeps the host's files open in the server. Other
+// containers have to look theirs up again, no more.
+func (g *Guest) ForgetShared(id string) {
+	if !g.submounts.Load() {
+		return
+	}
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		g.log.Printf("forget the shared files of %s: %v", id, err)
+		return
+	}
+	for _, p := range slices.Backward(sharedMounts(text, id)) {
+		if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			g.log.Printf("unmount %s: %v", p, err)
+		}
+	}
+	// Documentation/admin-guide/sysctl/vm.rst: names and inodes.
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
+		g.log.Print(err)
+	}
+}
+
+// sharedMounts returns the mount points of a container's files below the shares,
+// in the order of /proc/self/mountinfo (proc_pid_mountinfo(5)): what is above
+// another comes first.
+func sharedMounts(mountinfo []byte, id string) []string {
+	var out []string
+	for line := range bytes.Lines(mountinfo) {
+		fields := strings.Fields(string(line))
+		if len(fields) < 5 {
+			continue
+		}
+		p := unescapeMount(fields[4])
+		rel, ok := strings.CutPrefix(p, agentv1.ShareDir+"/")
+		if !ok {
+			continue
+		}
+		// TAG/ID/…
+		if parts := strings.SplitN(rel, "/", 3); len(parts) == 3 && parts[1] == id && parts[0] != agentv1.DiskTag {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// unescapeMount undoes the kernel's way to write white space and backslashes.
+func unescapeMount(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
