@@ -146,4 +146,3 @@ func commonParams(ArgsOptions) []string {
 // formats of events. Together they were a sixth of what a boot of Debian's 6.1
 // executes. A kernel that has no such functions has nothing to leave out.
 const uselessInitcalls = "ftrace_check_for_weak_functions,trace_eval_init"
-
