@@ -43,6 +43,11 @@ func (a *Agent) settle(ctx context.Context, shares []*agentv1.Share) (skipped st
 	if err := a.system.Settle(ctx); err != nil {
 		return "", err
 	}
+	// Pods begin with no card and get theirs when their hooks have run. Here a
+	// driver that is built into the kernel loses them, once and not in each clone.
+	if err := a.system.ConfigureNetwork(&agentv1.NetworkConfig{}); err != nil {
+		return "", fmt.Errorf("try the network: %w", err)
+	}
 	if len(shares) > 0 {
 		if err := a.waitWith(shares); err != nil {
 			return "", err
@@ -64,10 +69,6 @@ func (a *Agent) settle(ctx context.Context, shares []*agentv1.Share) (skipped st
 func (a *Agent) waitWith(shares []*agentv1.Share) error {
 	if err := a.mountShares(shares); err != nil {
 		return err
-	}
-	// Most pods begin with no card, and get theirs when their hooks have run.
-	if err := a.system.ConfigureNetwork(&agentv1.NetworkConfig{}); err != nil {
-		return fmt.Errorf("try the network: %w", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -3,7 +3,9 @@ package tests
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +19,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // templateMiB is more than any container of these tests asks for.
@@ -134,6 +137,7 @@ func TestTemplate(t *testing.T) {
 			t.Errorf("the log does not tell that the template was not used: %s", text)
 		}
 	})
+	t.Run("tamper", func(t *testing.T) { testCloneTampers(clones.in(t)) })
 	t.Run("remove", func(t *testing.T) {
 		r := clones.in(t)
 		id := r.running()
@@ -238,6 +242,115 @@ func testCloneIdentity(r *rt) {
 		})
 	}
 	wg.Wait()
+}
+
+// A clone that changes and frees whatever it can, and the program that runs it,
+// leave the template what it was.
+func testCloneTampers(r *rt) {
+	t := r.t
+	memory := r.templateMemory()
+	want, err := os.Stat(memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := fileSum(t, memory)
+	id := r.running(func(s *specs.Spec) {
+		// As much of the guest as a container can have.
+		caps := append([]string{"CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_DAC_OVERRIDE", "CAP_IPC_LOCK"}, defaultCaps...)
+		s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps}
+		s.Linux.MaskedPaths, s.Linux.ReadonlyPaths = nil, nil
+	})
+	r.exec(id, "sh", "-c", `for i in 1 2; do
+			dd if=/dev/urandom of=/dev/shm/x bs=1M count=40 2>/dev/null
+			rm /dev/shm/x
+			sync
+			echo 3 >/proc/sys/vm/drop_caches
+			echo 1 >/proc/sys/vm/compact_memory || true
+		done`)
+	var record struct {
+		VM struct{ Pid int }
+	}
+	text, err := os.ReadFile(filepath.Join(r.root, id, "state.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &record)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", record.VM.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, fd := range fds {
+		if fi, err := os.Stat(fd); err != nil || !os.SameFile(fi, want) {
+			continue
+		}
+		found++
+		f, err := os.OpenFile(fd, os.O_RDWR, 0)
+		if err != nil {
+			continue // even better
+		}
+		for what, attack := range map[string]func() error{
+			"write": func() error { _, err := f.WriteAt([]byte("evil"), 0); return err },
+			"punch": func() error {
+				return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 1<<20)
+			},
+			"truncate": func() error { return f.Truncate(0) },
+		} {
+			if err := attack(); !errors.Is(err, unix.EPERM) {
+				t.Errorf("%s of %s: %v, want %v", what, fd, err, unix.EPERM)
+			}
+		}
+		f.Close()
+	}
+	if found == 0 {
+		t.Errorf("process %d has no descriptor of the template's memory", record.VM.Pid)
+	}
+	if fileSum(t, memory) != sum {
+		t.Error("the template's memory has changed")
+	}
+	if res := r.run(sh("echo fine")); res.stdout != "fine\n" {
+		t.Errorf("the next clone: exit code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
+	r.ok("delete", "--force", id)
+}
+
+// templateMemory is the path of the memory that the holder of the only template
+// keeps.
+func (r *rt) templateMemory() string {
+	r.t.Helper()
+	for _, p := range r.processes() {
+		if !p.is("hold-template") {
+			continue
+		}
+		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.pid))
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		for _, fd := range fds {
+			target, err := os.Readlink(fd)
+			if fi, serr := os.Stat(fd); err == nil && serr == nil && strings.HasPrefix(target, "/memfd:") && fi.Size() == templateMiB<<20 {
+				return fd
+			}
+		}
+	}
+	r.t.Fatal("no holder has the template's memory")
+	return ""
+}
+
+func fileSum(t *testing.T, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		t.Fatal(err)
+	}
+	return string(h.Sum(nil))
 }
 
 // Two clones with a card have different addresses on it, and get a lease.
