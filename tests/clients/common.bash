@@ -44,8 +44,15 @@ need() {
 # isolate goes on in network and mount namespaces that belong to this run.
 isolate() {
 	if [ "${CLIENTS_NAMESPACES:-}" != "$PPID" ]; then
-		CLIENTS_NAMESPACES=$$ unshare --net --mount --propagation private bash "$0" "${client_args[@]}"
-		exit
+		CLIENTS_NAMESPACES=$$ unshare --net --mount --propagation private bash "$0" "${client_args[@]}" <&0 &
+		# It ends when what it has made is gone.
+		local child=$! code
+		trap 'kill "$child" 2>/dev/null' HUP INT TERM
+		while :; do
+			wait "$child"
+			code=$?
+			kill -0 "$child" 2>/dev/null || exit $code
+		done
 	fi
 	ip link set lo up
 	# crun 1.8 refuses hosts whose cgroups are of both versions: here they are of
@@ -76,7 +83,7 @@ prepare() {
 	work=$(mktemp -d "/tmp/runv-$1.XXXXXX")
 	cgroup=/$(basename "$work")
 	trap finish EXIT
-	trap 'exit 130' INT TERM
+	trap 'exit 130' HUP INT TERM
 	# A path of this run alone, so that what it left can be told from what others
 	# run.
 	mkdir -p "$work/bin" "$work/tree"/{bin,etc,tmp,proc,sys,dev,root}
