@@ -185,7 +185,11 @@ t_runc_from() {
 	foreign -d --name "$r-runc" --hostname native --network "net-$r" $image sh -c "$web" &&
 		soon one_gets "$r-runc" native
 }
-t_named_rm() { D rm -f "$r-one" "$r-two" "$r-runc" && D network rm "net-$r"; }
+t_named_rm() {
+	local c
+	for c in one two runc; do D rm -f "$r-$c"; done
+	D network rm "net-$r"
+}
 t_ipv6() {
 	D network create --ipv6 --subnet "fd00:$(port)::/64" "six-$r" && bg --name "$r-six" --hostname six --network "six-$r" $image sh -c "$web" || return 1
 	[ "$(run --network "six-$r" $image timeout 60 wget -q -O - "http://[$(D inspect -f "{{(index .NetworkSettings.Networks \"six-$r\").GlobalIPv6Address}}" "$r-six")]/name")" = six ]

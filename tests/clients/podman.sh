@@ -37,6 +37,7 @@ cat >"$work/containers.conf" <<END
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 
 [engine]
+stop_timeout = 1
 init_path = "$(command -v catatonit || command -v docker-init || command -v tini-static)"
 [network]
 network_backend = "$backend"
