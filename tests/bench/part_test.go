@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -141,25 +142,29 @@ func TestOnly(t *testing.T) {
 
 // Who is slow gets its first round, and no more than its share.
 func TestRounds(t *testing.T) {
-	b := &bench{progress: func(string, ...any) {}}
-	p := &part{Name: "test"}
-	var order []string
-	b.rounds(t.Context(), p, []string{"slow", "quick", "bad"}, 5, 60*time.Millisecond, func(column string) error {
-		order = append(order, column[:1])
-		switch column {
-		case "slow":
-			time.Sleep(50 * time.Millisecond)
-		case "bad":
-			return errors.New("no")
+	synctest.Test(t, func(t *testing.T) {
+		b := &bench{progress: func(string, ...any) {}}
+		p := &part{Name: "test"}
+		var order []string
+		b.rounds(t.Context(), p, []string{"slow", "quick", "bad"}, 5, 60*time.Second, func(column string) error {
+			order = append(order, column[:1])
+			switch column {
+			case "slow":
+				time.Sleep(25 * time.Second)
+			case "bad":
+				return errors.New("no")
+			}
+			time.Sleep(time.Second)
+			return nil
+		})
+		// Of 60 s the others need 5, which leaves two rounds for the slow one.
+		if got := strings.Join(order, ""); got != "sqbsqbqbqq" {
+			t.Errorf("the order was %s", got)
 		}
-		return nil
+		if len(p.LeftOut) != 2 || len(p.Failures) != failuresAllowed {
+			t.Errorf("left out %q, failures %q", p.LeftOut, p.Failures)
+		}
 	})
-	if got := strings.Join(order, ""); got != "sqbqbqbqq" {
-		t.Errorf("the order was %s", got)
-	}
-	if len(p.LeftOut) != 2 || len(p.Failures) != failuresAllowed {
-		t.Errorf("left out %q, failures %q", p.LeftOut, p.Failures)
-	}
 }
 
 func TestBareArgs(t *testing.T) {
