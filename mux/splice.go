@@ -115,10 +115,7 @@ func (s *splice) down() error {
 			if !over {
 				s.reset()
 			}
-			if errors.Is(err, io.EOF) {
-				err = nil
-			}
-			return err
+			return unlessCut(err)
 		}
 		n := int(binary.BigEndian.Uint16(h[:]))
 		switch {
@@ -140,10 +137,7 @@ func (s *splice) down() error {
 		}
 		if _, err := io.ReadFull(s.stream, buf[:n]); err != nil {
 			s.reset()
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				err = nil
-			}
-			return err
+			return unlessCut(err)
 		}
 		if !lost {
 			if _, err := s.conn.Write(buf[:n]); err != nil {
@@ -152,6 +146,14 @@ func (s *splice) down() error {
 			}
 		}
 	}
+}
+
+// unlessCut is nil for the end of a stream, wherever it comes.
+func unlessCut(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil
+	}
+	return err
 }
 
 // Broken is what a side sends, in the place of chunks, whose connection is not to

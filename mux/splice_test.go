@@ -168,6 +168,7 @@ func TestSpliceRefuses(t *testing.T) {
 		{"\x00\x02hi\x00\x00", "hi", ""},
 		{"\x00\x02hi", "hi", ""}, // cut off: a reset
 		{"\x00\x02h", "", ""},
+		{"\x00", "", ""},
 		{"\x80\x01", "", "length 32769"},
 		{"\x00\x00\x00\x01x", "", "length 1"},
 		{"\x00\x00\xff\xff", "", ""},
@@ -190,6 +191,7 @@ func FuzzSplice(f *testing.F) {
 	f.Add([]byte("\x00\x02hi\x00\x00"))
 	f.Add([]byte("\x00\x02hi\xff\xff"))
 	f.Add([]byte("\xff\xfe"))
+	f.Add([]byte("\x00")) // cut off in a length
 	f.Fuzz(func(t *testing.T, b []byte) {
 		client, conn := tcpPair(t)
 		_ = client.CloseWrite()
