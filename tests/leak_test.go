@@ -6,6 +6,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -69,7 +71,7 @@ func (r *rt) leaks(before hostState) []string {
 		"namespace mount":   {before.netns, now.netns},
 	} {
 		for name := range pair[1] {
-			if !pair[0][name] {
+			if !pair[0][name] && !r.isOthers(name) {
 				left = append(left, kind+" "+name)
 			}
 		}
@@ -81,13 +83,13 @@ func (r *rt) leaks(before hostState) []string {
 			continue // not every host has all of them
 		}
 		for _, e := range entries {
-			if strings.Contains(e.Name(), r.id) {
+			if r.isOurs(e.Name()) {
 				left = append(left, "directory "+filepath.Join(d, e.Name()))
 			}
 		}
 	}
 	err := filepath.WalkDir("/sys/fs/cgroup", func(path string, d os.DirEntry, err error) error {
-		if err == nil && d.IsDir() && strings.Contains(d.Name(), r.id) {
+		if err == nil && d.IsDir() && r.isOurs(d.Name()) {
 			left = append(left, "cgroup "+path)
 		}
 		return nil
@@ -107,6 +109,34 @@ func (r *rt) leaks(before hostState) []string {
 	sort.Strings(left)
 	return left
 }
+
+// Names that a test gives: a container's id, its own directory, and the host's
+// end of an interface (hostEnd).
+var (
+	idName   = regexp.MustCompile(`rv[0-9]+-[0-9]+`)
+	dirName  = regexp.MustCompile(`^/[^ ]*/rv[0-9]+/`)
+	endsName = regexp.MustCompile(`^rvt[0-9]+$`)
+)
+
+// isOurs tells whether a name has the id of the test in it, and not another that
+// begins like it.
+func (r *rt) isOurs(name string) bool { return slices.Contains(idName.FindAllString(name, -1), r.id) }
+
+// isOthers tells whether a name says that another test has it, of this run or of
+// another one: they come and go while this one is looking.
+func (r *rt) isOthers(name string) bool {
+	if d := dirName.FindString(name); d != "" {
+		return d != r.dir+"/"
+	}
+	if endsName.MatchString(name) {
+		return name != hostEnd()
+	}
+	return idName.MatchString(name) && !r.isOurs(name)
+}
+
+// hostEnd is the name of an interface that a test leaves on the host. There is
+// one test at a time that does so.
+func hostEnd() string { return "rvt" + strconv.Itoa(os.Getpid()%100000) }
 
 // proc is a process of the test.
 type proc struct {

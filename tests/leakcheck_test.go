@@ -29,6 +29,20 @@ func TestLeakCheck(t *testing.T) {
 		t.Fatalf("the check sees what is not there: %q", left)
 	}
 
+	for name, whose := range map[string]string{
+		"/run/netns/" + r.id + "-1h": "ours", "/run/netns/" + r.id + "h1": "ours", "/run/netns/" + r.id + "1-1h": "others",
+		"/run/netns/rv1-1-1h": "others", r.dir + "/netns": "ours", "/tmp/rv7654321/netns": "others", "/run/netns/cni-1234": "nobody's",
+		hostEnd(): "nobody's", "rvt0": "others", "veth12": "nobody's", "runv0": "nobody's",
+	} {
+		// What is nobody's by its name is taken to be left by this test.
+		if is := r.isOthers(name); is != (whose == "others") {
+			t.Errorf("%s is another test's: %t", name, is)
+		}
+		if is := r.isOurs(name); is && whose != "ours" {
+			t.Errorf("%s is ours: %t", name, is)
+		}
+	}
+
 	for name, prepare := range map[string]func(*exec.Cmd){
 		"environment": func(c *exec.Cmd) { c.Env = []string{"RUNV_TEST_DIR=" + r.dir} },
 		"arguments":   func(c *exec.Cmd) { c.Args = append(c.Args, r.root) },
@@ -105,6 +119,12 @@ func TestLeakCheck(t *testing.T) {
 		exec.Command("ip", "tuntap", "add", "rvleak0", "mode", "tap").Run() == nil {
 		found("network interface")
 		if out, err := exec.Command("ip", "link", "del", "rvleak0").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	}
+	if exec.Command("ip", "netns", "add", r.id+"-left").Run() == nil {
+		found("namespace mount")
+		if out, err := exec.Command("ip", "netns", "del", r.id+"-left").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
 	}

@@ -32,6 +32,7 @@ var host struct {
 	binary         string // runtime under test
 	vm             bool   // it is runv, not a stand-in for it
 	kernel, initrd string
+	dir            string // for what tests share; removed at the end
 	rootfs         string // master copy of the busybox root file system
 	why            string // why end-to-end tests cannot run; empty if they can
 	slots          chan struct{}
@@ -51,6 +52,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	host.dir = dir
 	host.why = prepare(dir)
 	return m.Run()
 }

@@ -18,11 +18,7 @@ import (
 
 // peerProgram is testdata/peer, built once.
 var peerProgram = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "rvpeer")
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(dir, "peer")
+	path := filepath.Join(host.dir, "peer")
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-ldflags", "-s -w", "-o", path, "./testdata/peer")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -200,8 +196,8 @@ func (w *wire) ping(ns, addr string) {
 	w.in(ns, "busybox ping -c 1 -W 10 "+addr)
 }
 
-// The tests of this file do not run beside others: named network namespaces are
-// mounts of the host, which the others would take for left behind.
+// The tests of this file do not run beside others: what they send takes all of the
+// machine, and others would wait too long for what they wait for.
 
 // Two pods on a bridge, cloned from one template: what they and the host can do
 // with each other, in both families, and what is left of it.
@@ -363,7 +359,7 @@ func TestPodNetworkChanges(t *testing.T) {
 
 	// The command works on this process's namespace, where there is no bridge.
 	r.refused([]string{"bridge nosuch"}, "interface", "add", "--bridge", "nosuch", id, "net1")
-	hostEnd := "rvt" + strconv.Itoa(os.Getpid()%100000)
+	hostEnd := hostEnd()
 	r.ok("interface", "add", "--host-name", hostEnd, "--address", "10.80.0.2/24", "--address", "fd80::2/64", "--route", "10.81.0.0/16=10.80.0.1", "--mac", "02:00:00:00:80:02", id, "net1")
 	out := r.exec(id, "sh", "-c", all)
 	for _, want := range []string{"net1", "10.80.0.2/24", "fd80::2/64", "10.81.0.0/16 via 10.80.0.1", "02:00:00:00:80:02"} {
