@@ -90,6 +90,7 @@ race: ## Run the unit tests with the race detector
 
 .PHONY: integration
 integration: guest ## Run the end-to-end tests against the built binaries (as root)
+	@build/systemd-rootfs.sh $(CACHE)/systemd
 	RUNV_TEST_MUST=1 $(GO) test -count=1 -timeout 15m ./tests/...
 
 # The suite's checksum is not in tests/shim/go.sum: whoever runs it has Go ask the

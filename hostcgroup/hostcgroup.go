@@ -14,6 +14,7 @@
 package hostcgroup
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,6 +25,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/dbus"
+	godbus "github.com/godbus/dbus/v5"
 	"github.com/opencontainers/cgroups"
 	cgroupfs "github.com/opencontainers/cgroups/fs"
 	"github.com/opencontainers/cgroups/fs2"
@@ -149,7 +152,8 @@ func display(path, id string) string {
 }
 
 // Make makes the cgroup and moves processes into it. On an error nothing is
-// left of it. The calling process may be one of them: see Leave.
+// left of it, unless it was there before. The calling process may be one of them:
+// see Leave.
 func (g *Group) Make(pids ...int) (err error) {
 	if len(pids) == 0 {
 		return errors.New("make cgroup: no process is to join it")
@@ -158,10 +162,15 @@ func (g *Group) Make(pids ...int) (err error) {
 	if err != nil {
 		return fmt.Errorf("make cgroup %s: %w: %w", g.name, ErrUnavailable, err)
 	}
+	// What is there already is somebody else's: with systemd, removing it would
+	// end every process in it.
+	existed := len(g.made()) > 0
 	defer func() {
 		if err != nil {
 			g.Leave(pids...)
-			_ = g.Remove()
+			if !existed {
+				_ = g.Remove()
+			}
 		}
 	}()
 	err = g.m.Apply(pids[0])
@@ -327,15 +336,7 @@ func (g *Group) OOMKills() uint64 {
 }
 
 // Remove removes the cgroup, once no process is in it.
-func (g *Group) Remove() error {
-	if c, err := g.m.GetCgroups(); err == nil && c.Systemd {
-		if err := g.m.Destroy(); err != nil {
-			return fmt.Errorf("remove cgroup %s: %w", g.name, err)
-		}
-		return nil
-	}
-	return Remove(g.Dirs())
-}
+func (g *Group) Remove() error { return Remove(g.Dirs()) }
 
 // removeWait bounds how long processes that were killed may take to be gone.
 const removeWait = 2 * time.Second
@@ -344,26 +345,117 @@ const removeWait = 2 * time.Second
 // Nothing below them is touched: runv makes nothing there.
 func Remove(dirs []string) error {
 	deadline := time.Now().Add(removeWait)
-	var errs []error
+	var there []string
 	for _, dir := range dirs {
-		if !filepath.IsAbs(dir) || !isCgroup(dir) {
-			continue
+		if filepath.IsAbs(dir) && isCgroup(dir) {
+			there = append(there, dir)
 		}
-		pause := time.Millisecond
-		for {
-			err := unix.Rmdir(dir)
-			if err == nil || errors.Is(err, unix.ENOENT) {
-				break
-			}
-			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
-				errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
-				break
-			}
-			<-time.After(pause)
-			pause = min(2*pause, 50*time.Millisecond)
+	}
+	if err := stopScopes(there, deadline); err != nil {
+		return err
+	}
+	var errs []error
+	for _, dir := range there {
+		if err := retry(deadline, unix.EBUSY, func() error { return unix.Rmdir(dir) }); err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// retry calls f again for as long as it fails with an error of a kind.
+func retry(deadline time.Time, kind error, f func() error) error {
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		err := f()
+		if !errors.Is(err, kind) || time.Now().After(deadline) {
+			return err
+		}
+		<-time.After(pause)
+	}
+}
+
+// stopScopes has systemd forget the scopes that cgroups are of, once no process
+// is in them. If somebody else removes the directory of one first, systemd does
+// not notice that it is empty, and keeps it, and so its name, for good.
+func stopScopes(dirs []string, deadline time.Time) error {
+	if !systemd.IsRunningSystemd() {
+		return nil
+	}
+	scopes := make(map[string][]string) // with v1 each has several directories
+	for _, dir := range dirs {
+		if unit := filepath.Base(dir); strings.HasSuffix(unit, scopeSuffix) {
+			scopes[unit] = append(scopes[unit], dir)
+		}
+	}
+	var errs []error
+	for unit, dirs := range scopes {
+		err := retry(deadline, unix.EBUSY, func() error {
+			for _, dir := range dirs {
+				if populated(dir) {
+					return unix.EBUSY
+				}
+			}
+			return nil
+		})
+		if err == nil {
+			err = stopUnit(unit)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("remove scope %s: %w", unit, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+const scopeSuffix = ".scope"
+
+// stopWait bounds how long systemd may take to stop a unit without processes.
+const stopWait = 10 * time.Second
+
+// stopUnit has systemd stop and forget a unit. One that it does not know is no
+// error. (The library's own function takes every error for that one.)
+func stopUnit(unit string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopWait)
+	defer cancel()
+	conn, err := dbus.NewWithContext(ctx)
+	if err != nil {
+		return fmt.Errorf("ask systemd: %w", err)
+	}
+	defer conn.Close()
+	result := make(chan string, 1)
+	if _, err := conn.StopUnitContext(ctx, unit, "replace", result); err != nil {
+		if isUnknownUnit(err) {
+			return nil
+		}
+		return fmt.Errorf("ask systemd to stop it: %w", err)
+	}
+	select {
+	case r := <-result:
+		if r != "done" {
+			return fmt.Errorf("systemd does not stop it: %s", r)
+		}
+	case <-ctx.Done():
+		return fmt.Errorf("systemd does not stop it: %w", context.Cause(ctx))
+	}
+	// One that has failed is kept until somebody has taken notice.
+	if err := conn.ResetFailedUnitContext(ctx, unit); err != nil && !isUnknownUnit(err) {
+		return fmt.Errorf("ask systemd to forget it: %w", err)
+	}
+	return nil
+}
+
+func isUnknownUnit(err error) bool {
+	var e godbus.Error
+	return errors.As(err, &e) && e.Name == "org.freedesktop.systemd1.NoSuchUnit"
+}
+
+// populated says whether a process is in a cgroup; with v2, also in those below.
+func populated(dir string) bool {
+	if b, err := os.ReadFile(filepath.Join(dir, "cgroup.events")); err == nil {
+		return strings.Contains(string(b), "populated 1")
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	return err == nil && len(b) > 0
 }
 
 // isCgroup says whether dir is a directory of a cgroup hierarchy below its root.

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -125,15 +124,8 @@ func needCgroups(t *testing.T) {
 
 func sleeper(t *testing.T) int {
 	t.Helper()
-	c := exec.Command("sleep", "1000")
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = c.Process.Kill()
-		_ = c.Wait()
-	})
-	return c.Process.Pid
+	cmd, _ := startChild(t, 0)
+	return cmd.Process.Pid
 }
 
 func TestLife(t *testing.T) {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/opencontainers/cgroups"
@@ -76,6 +78,7 @@ func (g *Group) set(r *specs.LinuxResources, p part, required bool, warn func(li
 		return nil
 	}
 	want.SkipDevices, want.SkipFreezeOnSet = true, true
+	g.noSwap(want)
 	err := g.m.Set(want)
 	if err == nil {
 		return nil
@@ -89,6 +92,22 @@ func (g *Group) set(r *specs.LinuxResources, p part, required bool, warn func(li
 		return nil
 	}
 	return fmt.Errorf("%s: cgroup %s: %w", p.field, g.name, err)
+}
+
+// noSwap tells systemd of a limit of swap that is 0. The library takes it for
+// none, and systemd would write back the one that it knows with whatever is set
+// next.
+func (g *Group) noSwap(r *cgroups.Resources) {
+	const file = "memory.swap.max"
+	if r.Memory <= 0 || r.MemorySwap != r.Memory || !cgroups.IsCgroup2UnifiedMode() {
+		return
+	}
+	if c, err := g.m.GetCgroups(); err != nil || !c.Systemd {
+		return
+	}
+	if _, err := os.Stat(filepath.Join(g.m.Path(""), file)); err == nil {
+		r.Unified = map[string]string{file: "0"}
+	}
 }
 
 // has says whether the host has the controllers, as far as the group is in them.
@@ -148,6 +167,13 @@ func cpu(r *specs.LinuxResources) (*cgroups.Resources, bool) {
 	p := r.CPU
 	c := &cgroups.Resources{
 		CpuShares: value(p.Shares), CpuQuota: value(p.Quota), CpuPeriod: value(p.Period), CpuBurst: p.Burst, CPUIdle: p.Idle,
+	}
+	// v1 has shares and v2 a weight; each looks at its own. The kernel refuses a
+	// weight for a group that is idle.
+	if value(p.Idle) != 1 {
+		c.CpuWeight = cgroups.ConvertCPUSharesToCgroupV2Value(c.CpuShares)
+	} else {
+		c.CpuShares = 0
 	}
 	return c, c.CpuShares != 0 || c.CpuQuota != 0 || c.CpuPeriod != 0 || c.CpuBurst != nil || c.CPUIdle != nil
 }
