@@ -10,6 +10,7 @@
 //	RUNV_BIN          runtime under test; default ../bin/runv. With runc or crun
 //	                  here, what only a virtual machine has is skipped, which
 //	                  is how the tests themselves are tested.
+//	RUNV_SHIM_BIN     containerd's shim; default ../bin/containerd-shim-runv-v2
 //	RUNV_TEST_KERNEL  guest kernel; default ../.cache/guest/kernel
 //	RUNV_TEST_INITRD  guest initrd; default ../.cache/guest/initrd.img
 //	RUNV_TEST_MUST    if not empty, a missing prerequisite fails instead of skipping
