@@ -88,23 +88,22 @@ gone() {
 	[ -z "$left" ] || { echo "left:" $left >"$work/err"; return 1; }
 }
 
-# op NAME COMMAND…: one line of the table, which begins with $row. An operation
-# that is an exception and works is one too many in the list.
+# op NAME FUNCTION: one line of the table, which begins with $row.
 op() {
-	local name=$1 out=ok
-	shift
-	[[ $name =~ ${OPERATIONS:-.} ]] || return 0
-	: >"$work/err"
-	if "$@" >"$work/out" 2>&1; then
+	local out=ok
+	[[ $1 =~ ${OPERATIONS:-.} ]] || return 0
+	try "$r" "$2"
+	if [ $result = ok ]; then
 		passed=$((passed + 1))
-	elif [ -n "${exceptions[$r:$name]:-}" ]; then
-		out="no    exception: ${exceptions[$r:$name]}"
+	elif [ -n "${exceptions[$r:$1]:-}" ]; then
+		out="no    exception: ${exceptions[$r:$1]}"
 		excepted=$((excepted + 1))
 	else
-		out="FAIL  $(tail -qn 1 "$work/err" "$work/out" | tr -cd '[:print:]\n' | tr '\n' ' ' | cut -c1-160)"
+		out="FAIL  $why"
 		failed=$((failed + 1))
 	fi
-	printf '%-25s %-36s %s\n' "$row" "$name" "$out"
+	printf '%-25s %-36s %s\n' "$row" "$1" "$out"
+	[ "${out%% *}" != FAIL ] || report
 }
 # sums ends the script.
 sums() {

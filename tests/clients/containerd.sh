@@ -37,7 +37,7 @@ find_daemon() {
 	module) containerd=$cache/containerd ctr=$cache/ctr v=3 ;;
 	*) echo "CONTAINERD: $1 is neither distribution nor module" >&2; exit 2 ;;
 	esac
-	config=$work/$1.toml sock=$work/$1.sock
+	config=$work/$1.toml sock=$work/$1.sock logs=("$work/$1.toml.log")
 	cat >"$config" <<END
 version = $v
 root = "$work/$1.root"
@@ -64,7 +64,7 @@ stop_client() {
 }
 
 C() { CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 "$ctr" -a "$sock" "$@"; }
-c() { CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 timeout 90 "$ctr" -a "$sock" "$@" 2>"$work/err"; }
+c() { CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 kept timeout 90 "$ctr" -a "$sock" "$@"; }
 # run CONTAINER-FLAGS… IMAGE ID ARGS…: a new container in the foreground; start: in
 # the background.
 # Each has a cgroup of its own.
@@ -323,6 +323,20 @@ t_shim_dies() {
 }
 # Under the same name.
 t_again() { [ "$(run $image k1 echo again)" = again ]; }
+pool() { "$work/bin/runv-pool" manage factory status --format json >"$work/pool" && grep -Eq "\"$1\": ?[1-9]" "$work/pool"; }
+# The factory has its directory where containerd's shim for runc has runv's, as on a
+# host where all of them are in /run.
+t_pool() {
+	sed 's,^factory-dir.*,factory-dir = "/run/containerd/factory",' "$work/runv.toml" >"$work/pool.toml"
+	sed 's,runv.toml,pool.toml,' "$work/bin/runv" >"$work/bin/runv-pool"
+	chmod +x "$work/bin/runv-pool"
+	kept "$work/bin/runv-pool" manage factory start || return 1
+	until_true 60 pool ready && [ "$(c run --rm --cgroup "$(own)" --runtime io.containerd.runc.v2 --runc-binary "$work/bin/runv-pool" $image p1 echo hi)" = hi ] && pool claimed
+	local ok=$?
+	[ $ok = 0 ] || tr -d '\n' <"$work/pool" >"$work/err"
+	kept "$work/bin/runv-pool" manage factory stop || ok=1
+	return $ok
+}
 t_left() { until_true 10 gone default; }
 
 all() {
@@ -371,6 +385,7 @@ all() {
 	op 'events' t_events
 	op 'events: out of memory' t_events_oom
 	op 'shim killed' t_shim_dies
+	[ "$r" != runv-cli ] || op 'ready VM of the factory' t_pool
 	case $r in runv*) op 'nothing is left' t_left ;; esac
 }
 
@@ -406,6 +421,8 @@ for d in ${CONTAINERD:-distribution module}; do
 		row=$(printf '%-12s %s' "$d" "$r")
 		choose "$r"
 		all
+		# Of a choice of operations.
+		remove d1 >/dev/null 2>&1
 	done
 	stop_client
 done
