@@ -237,6 +237,7 @@ table() {
 			other=$result
 		fi
 		case $mine/$other in
+		ok/FAIL) passed=$((passed + 1)) note="$peer: $why" said= ;;
 		ok/*) passed=$((passed + 1)) note= said= ;;
 		FAIL/FAIL) excepted=$((excepted + 1)) note="neither: $note" ;;
 		*)

@@ -27,24 +27,37 @@ is() { [ "$(state "$1" Status)" = "$2" ]; }
 sees() { local f=$1; shift; D "$@" | grep -Eq "$f"; }
 # soon COMMAND…: it is true before long, on a machine that is slow and busy too.
 soon() { until_true 90 "$@"; }
-# terminal COMMAND…: with a terminal of 17 lines and 91 columns
-terminal() { script -qec "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")" /dev/null | tr -d '\r'; }
-# The size is told when the program runs already.
-size='for i in $(seq 300); do [ "$(stty size)" != "17 91" ] || break; sleep 0.1; done; stty size'
+# terminal INPUT COMMAND…: with a terminal of 17 lines and 91 columns, where INPUT is
+# typed and nothing else, not even its end.
+terminal() {
+	local input=$1
+	shift
+	rm -f "$work/ended"
+	{
+		echo "$input"
+		soon test -e "$work/ended"
+	} | {
+		script -qec "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")" /dev/null >"$work/typescript"
+		set -- $?
+		: >"$work/ended"
+		exit "$1"
+	}
+	set -- $?
+	tr -d '\r' <"$work/typescript"
+	return "$1"
+}
+# The size is told when the program runs already, which ends when the client reads.
+size='read x; for i in $(seq 300); do [ "$(stty size)" != "17 91" ] || break; sleep 0.1; done; stty size'
 host_sees() { [ "$(timeout 10 busybox wget -q -O - "http://$1" 2>"$work/err")" = "$2" ]; }
 
 t_output() { [ "$(run $image echo hi)" = hi ]; }
 t_exit() { run $image sh -c 'exit 7'; [ $? = 7 ]; }
 t_stdin() { [ "$(echo through | run -i $image cat)" = through ]; }
 t_stderr() { run $image sh -c 'echo out; echo err >&2' >"$work/o" && [ "$(cat "$work/o")" = out ] && [ "$(cat "$work/err")" = err ]; }
-t_tty() { terminal run --rm -it "${flags[@]}" $image sh -c "$size" </dev/null | grep -q '17 91'; }
+t_tty() { terminal go run --rm -it "${flags[@]}" $image sh -c "$size" | grep -q '17 91'; }
 t_tty_input() {
-	# The end of the input would be a key.
-	{
-		soon is "$r-i" running && printf 'echo $((6*7))\nexit 5\n'
-		soon is "$r-i" exited
-	} | (set -o pipefail; terminal run --name "$r-i" -it "${flags[@]}" $image sh >"$work/o")
-	[ $? = 5 ] && grep -qx 42 "$work/o" && D rm "$r-i"
+	terminal $'echo $((6*7))\nexit 5' run --rm -it "${flags[@]}" $image sh >"$work/o"
+	[ $? = 5 ] && grep -qx 42 "$work/o"
 }
 t_missing() { run $image /bin/nothing; [ $? = 127 ]; }
 t_notexec() { run $image /etc/passwd; [ $? = 126 ]; }
@@ -107,7 +120,7 @@ t_exec() { [ "$(D exec "$r-d" echo inside)" = inside ]; }
 t_exec_exit() { D exec "$r-d" sh -c 'exit 3'; [ $? = 3 ]; }
 t_exec_stdin() { [ "$(echo through | D exec -i "$r-d" cat)" = through ]; }
 t_exec_user() { [ "$(D exec --user 1000 -w /tmp -e A=b "$r-d" sh -c 'echo $(id -u) $PWD $A')" = "1000 /tmp b" ]; }
-t_exec_tty() { terminal exec -it "$r-d" sh -c "$size" </dev/null | grep -q '17 91'; }
+t_exec_tty() { terminal go exec -it "$r-d" sh -c "$size" | grep -q '17 91'; }
 t_exec_detach() { D exec -d "$r-d" sh -c 'echo done >/tmp/detached' && soon D exec "$r-d" cat /tmp/detached; }
 t_exec_missing() { D exec "$r-d" /bin/nothing; local c=$?; [ $c = 126 ] || [ $c = 127 ]; }
 # Of the host's processes, none but those that are the container's.
