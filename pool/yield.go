@@ -15,7 +15,7 @@ const (
 	quietTime = 500 * time.Millisecond
 	// patience is how long claims that come one after the other keep it from being
 	// made. After that it goes on, at low priority, as long as they come.
-	patience = 3 * time.Second
+	patience = time.Second
 )
 
 // calm is when standbys may be made, by when claims came. factory.mu guards it.
