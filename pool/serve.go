@@ -742,9 +742,16 @@ func (f *factory) watch(s *standby) {
 // listenTo handles the reports of a standby; it returns true if it was claimed,
 // false when it has ended.
 func (f *factory) listenTo(s *standby) bool {
+	reset := false
 	for {
 		var r supervisorv1.StandbyReport
 		fds, err := receive(s.conn, &r)
+		if errors.Is(err, unix.ECONNRESET) && !reset {
+			// It ended before it had read a yield. That is told once, and in front
+			// of what it said last.
+			reset = true
+			continue
+		}
 		if err != nil {
 			return false
 		}
