@@ -160,8 +160,16 @@ type (
 		PSI *jsonPSI `json:"psi,omitempty"`
 	}
 	jsonCPUSet struct {
-		CPUExclusive uint64 `json:"cpu_exclusive"`
-		MemExclusive uint64 `json:"mem_exclusive"`
+		// All of cgroup v1; a guest, as runc with v2, has 0 in each.
+		CPUExclusive          uint64 `json:"cpu_exclusive"`
+		MemHardwall           uint64 `json:"mem_hardwall"`
+		MemExclusive          uint64 `json:"mem_exclusive"`
+		MemoryMigrate         uint64 `json:"memory_migrate"`
+		MemorySpreadPage      uint64 `json:"memory_spread_page"`
+		MemorySpreadSlab      uint64 `json:"memory_spread_slab"`
+		MemoryPressure        uint64 `json:"memory_pressure"`
+		SchedLoadBalance      uint64 `json:"sched_load_balance"`
+		SchedRelaxDomainLevel int64  `json:"sched_relax_domain_level"`
 	}
 	jsonMemoryEntry struct {
 		Limit   uint64 `json:"limit"`
@@ -191,6 +199,7 @@ type (
 	jsonBlkio struct {
 		Bytes []jsonBlkioEntry `json:"ioServiceBytesRecursive,omitempty"`
 		Ops   []jsonBlkioEntry `json:"ioServicedRecursive,omitempty"`
+		PSI   *jsonPSI         `json:"psi,omitempty"`
 	}
 	jsonHugetlb struct {
 		Usage   uint64 `json:"usage,omitempty"`
@@ -274,6 +283,7 @@ func eventStats(r *supervisorv1.StatsResponse) *jsonStats {
 		out.Blkio.Bytes = append(out.Blkio.Bytes, jsonBlkioEntry{ma, mi, "Read", d.ReadBytes}, jsonBlkioEntry{ma, mi, "Write", d.WrittenBytes})
 		out.Blkio.Ops = append(out.Blkio.Ops, jsonBlkioEntry{ma, mi, "Read", d.Reads}, jsonBlkioEntry{ma, mi, "Write", d.Writes})
 	}
+	out.Blkio.PSI = psi(s.GetIoPressure())
 	for _, h := range s.GetHugetlb() {
 		out.Hugetlb[h.PageSize] = jsonHugetlb{Usage: h.Usage, Failcnt: h.Failures}
 	}

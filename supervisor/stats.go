@@ -47,6 +47,7 @@ func boundStats(s *agentv1.ContainerStats) *agentv1.ContainerStats {
 	s.Network = s.Network[:min(len(s.Network), most)]
 	bound(s.GetCpu().GetPressure())
 	bound(s.GetMemory().GetPressure())
+	bound(s.GetIoPressure())
 	for _, h := range s.Hugetlb {
 		h.PageSize = guest.Text(h.GetPageSize())
 	}

@@ -242,7 +242,7 @@ func (c *cgroup) stats() (*agentv1.ContainerStats, error) {
 		s.Pids = &agentv1.PidsStats{Current: n, Limit: limit("pids.max")}
 	}
 	if text, ok := read("io.stat"); ok {
-		s.Io = parseIO(text)
+		s.Io, s.IoPressure = parseIO(text), pressure("io.pressure")
 	}
 	names, err := filepath.Glob(filepath.Join(c.path, "hugetlb.*.current"))
 	if err != nil {

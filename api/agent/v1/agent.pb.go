@@ -4426,6 +4426,7 @@ type ContainerStats struct {
 	Hugetlb []*HugetlbStats        `protobuf:"bytes,5,rep,name=hugetlb,proto3" json:"hugetlb,omitempty"` // one per size of page
 	// Interfaces of the pod, loopback left out; at most 64.
 	Network       []*NetworkStats `protobuf:"bytes,6,rep,name=network,proto3" json:"network,omitempty"`
+	IoPressure    *PressureStats  `protobuf:"bytes,7,opt,name=io_pressure,json=ioPressure,proto3" json:"io_pressure,omitempty"` // absent without the io controller or PSI
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4498,6 +4499,13 @@ func (x *ContainerStats) GetHugetlb() []*HugetlbStats {
 func (x *ContainerStats) GetNetwork() []*NetworkStats {
 	if x != nil {
 		return x.Network
+	}
+	return nil
+}
+
+func (x *ContainerStats) GetIoPressure() *PressureStats {
+	if x != nil {
+		return x.IoPressure
 	}
 	return nil
 }
@@ -5901,14 +5909,16 @@ const file_api_agent_v1_agent_proto_rawDesc = "" +
 	"\x15StatsContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"M\n" +
 	"\x16StatsContainerResponse\x123\n" +
-	"\x05stats\x18\x01 \x01(\v2\x1d.runv.agent.v1.ContainerStatsR\x05stats\"\xb3\x02\n" +
+	"\x05stats\x18\x01 \x01(\v2\x1d.runv.agent.v1.ContainerStatsR\x05stats\"\xf2\x02\n" +
 	"\x0eContainerStats\x12)\n" +
 	"\x03cpu\x18\x01 \x01(\v2\x17.runv.agent.v1.CPUStatsR\x03cpu\x122\n" +
 	"\x06memory\x18\x02 \x01(\v2\x1a.runv.agent.v1.MemoryStatsR\x06memory\x12,\n" +
 	"\x04pids\x18\x03 \x01(\v2\x18.runv.agent.v1.PidsStatsR\x04pids\x12&\n" +
 	"\x02io\x18\x04 \x03(\v2\x16.runv.agent.v1.IOStatsR\x02io\x125\n" +
 	"\ahugetlb\x18\x05 \x03(\v2\x1b.runv.agent.v1.HugetlbStatsR\ahugetlb\x125\n" +
-	"\anetwork\x18\x06 \x03(\v2\x1b.runv.agent.v1.NetworkStatsR\anetwork\"\xd3\x02\n" +
+	"\anetwork\x18\x06 \x03(\v2\x1b.runv.agent.v1.NetworkStatsR\anetwork\x12=\n" +
+	"\vio_pressure\x18\a \x01(\v2\x1c.runv.agent.v1.PressureStatsR\n" +
+	"ioPressure\"\xd3\x02\n" +
 	"\bCPUStats\x12\x1d\n" +
 	"\n" +
 	"usage_usec\x18\x01 \x01(\x04R\tusageUsec\x12\x1b\n" +
@@ -6179,56 +6189,57 @@ var file_api_agent_v1_agent_proto_depIdxs = []int32{
 	70, // 50: runv.agent.v1.ContainerStats.io:type_name -> runv.agent.v1.IOStats
 	71, // 51: runv.agent.v1.ContainerStats.hugetlb:type_name -> runv.agent.v1.HugetlbStats
 	72, // 52: runv.agent.v1.ContainerStats.network:type_name -> runv.agent.v1.NetworkStats
-	73, // 53: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
-	85, // 54: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
-	68, // 55: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
-	73, // 56: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
-	74, // 57: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
-	74, // 58: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
-	29, // 59: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
-	80, // 60: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
-	31, // 61: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
-	4,  // 62: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
-	6,  // 63: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
-	12, // 64: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
-	8,  // 65: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
-	20, // 66: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
-	42, // 67: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
-	44, // 68: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
-	46, // 69: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
-	48, // 70: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
-	50, // 71: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
-	52, // 72: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
-	55, // 73: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
-	57, // 74: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
-	59, // 75: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
-	63, // 76: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
-	75, // 77: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
-	77, // 78: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
-	61, // 79: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
-	5,  // 80: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
-	7,  // 81: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
-	13, // 82: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
-	9,  // 83: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
-	21, // 84: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
-	43, // 85: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
-	45, // 86: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
-	47, // 87: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
-	49, // 88: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
-	51, // 89: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
-	53, // 90: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
-	56, // 91: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
-	58, // 92: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
-	60, // 93: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
-	64, // 94: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
-	76, // 95: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
-	78, // 96: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
-	62, // 97: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
-	80, // [80:98] is the sub-list for method output_type
-	62, // [62:80] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	73, // 53: runv.agent.v1.ContainerStats.io_pressure:type_name -> runv.agent.v1.PressureStats
+	73, // 54: runv.agent.v1.CPUStats.pressure:type_name -> runv.agent.v1.PressureStats
+	85, // 55: runv.agent.v1.MemoryStats.stat:type_name -> runv.agent.v1.MemoryStats.StatEntry
+	68, // 56: runv.agent.v1.MemoryStats.events:type_name -> runv.agent.v1.MemoryEvents
+	73, // 57: runv.agent.v1.MemoryStats.pressure:type_name -> runv.agent.v1.PressureStats
+	74, // 58: runv.agent.v1.PressureStats.some:type_name -> runv.agent.v1.Pressure
+	74, // 59: runv.agent.v1.PressureStats.full:type_name -> runv.agent.v1.Pressure
+	29, // 60: runv.agent.v1.UpdateContainerRequest.resources:type_name -> runv.agent.v1.Resources
+	80, // 61: runv.agent.v1.Trace.spans:type_name -> runv.agent.v1.Span
+	31, // 62: runv.agent.v1.CreateContainerRequest.TimeOffsetsEntry.value:type_name -> runv.agent.v1.TimeOffset
+	4,  // 63: runv.agent.v1.Agent.Hello:input_type -> runv.agent.v1.HelloRequest
+	6,  // 64: runv.agent.v1.Agent.ConfigureSandbox:input_type -> runv.agent.v1.ConfigureSandboxRequest
+	12, // 65: runv.agent.v1.Agent.UpdateNetwork:input_type -> runv.agent.v1.UpdateNetworkRequest
+	8,  // 66: runv.agent.v1.Agent.Settle:input_type -> runv.agent.v1.SettleRequest
+	20, // 67: runv.agent.v1.Agent.CreateContainer:input_type -> runv.agent.v1.CreateContainerRequest
+	42, // 68: runv.agent.v1.Agent.StartContainer:input_type -> runv.agent.v1.StartContainerRequest
+	44, // 69: runv.agent.v1.Agent.Exec:input_type -> runv.agent.v1.ExecRequest
+	46, // 70: runv.agent.v1.Agent.WaitProcess:input_type -> runv.agent.v1.WaitProcessRequest
+	48, // 71: runv.agent.v1.Agent.SignalProcess:input_type -> runv.agent.v1.SignalProcessRequest
+	50, // 72: runv.agent.v1.Agent.ResizeTerminal:input_type -> runv.agent.v1.ResizeTerminalRequest
+	52, // 73: runv.agent.v1.Agent.ListProcesses:input_type -> runv.agent.v1.ListProcessesRequest
+	55, // 74: runv.agent.v1.Agent.PauseContainer:input_type -> runv.agent.v1.PauseContainerRequest
+	57, // 75: runv.agent.v1.Agent.ResumeContainer:input_type -> runv.agent.v1.ResumeContainerRequest
+	59, // 76: runv.agent.v1.Agent.DeleteContainer:input_type -> runv.agent.v1.DeleteContainerRequest
+	63, // 77: runv.agent.v1.Agent.StatsContainer:input_type -> runv.agent.v1.StatsContainerRequest
+	75, // 78: runv.agent.v1.Agent.UpdateContainer:input_type -> runv.agent.v1.UpdateContainerRequest
+	77, // 79: runv.agent.v1.Agent.WaitOOM:input_type -> runv.agent.v1.WaitOOMRequest
+	61, // 80: runv.agent.v1.Agent.Shutdown:input_type -> runv.agent.v1.ShutdownRequest
+	5,  // 81: runv.agent.v1.Agent.Hello:output_type -> runv.agent.v1.HelloResponse
+	7,  // 82: runv.agent.v1.Agent.ConfigureSandbox:output_type -> runv.agent.v1.ConfigureSandboxResponse
+	13, // 83: runv.agent.v1.Agent.UpdateNetwork:output_type -> runv.agent.v1.UpdateNetworkResponse
+	9,  // 84: runv.agent.v1.Agent.Settle:output_type -> runv.agent.v1.SettleResponse
+	21, // 85: runv.agent.v1.Agent.CreateContainer:output_type -> runv.agent.v1.CreateContainerResponse
+	43, // 86: runv.agent.v1.Agent.StartContainer:output_type -> runv.agent.v1.StartContainerResponse
+	45, // 87: runv.agent.v1.Agent.Exec:output_type -> runv.agent.v1.ExecResponse
+	47, // 88: runv.agent.v1.Agent.WaitProcess:output_type -> runv.agent.v1.WaitProcessResponse
+	49, // 89: runv.agent.v1.Agent.SignalProcess:output_type -> runv.agent.v1.SignalProcessResponse
+	51, // 90: runv.agent.v1.Agent.ResizeTerminal:output_type -> runv.agent.v1.ResizeTerminalResponse
+	53, // 91: runv.agent.v1.Agent.ListProcesses:output_type -> runv.agent.v1.ListProcessesResponse
+	56, // 92: runv.agent.v1.Agent.PauseContainer:output_type -> runv.agent.v1.PauseContainerResponse
+	58, // 93: runv.agent.v1.Agent.ResumeContainer:output_type -> runv.agent.v1.ResumeContainerResponse
+	60, // 94: runv.agent.v1.Agent.DeleteContainer:output_type -> runv.agent.v1.DeleteContainerResponse
+	64, // 95: runv.agent.v1.Agent.StatsContainer:output_type -> runv.agent.v1.StatsContainerResponse
+	76, // 96: runv.agent.v1.Agent.UpdateContainer:output_type -> runv.agent.v1.UpdateContainerResponse
+	78, // 97: runv.agent.v1.Agent.WaitOOM:output_type -> runv.agent.v1.WaitOOMResponse
+	62, // 98: runv.agent.v1.Agent.Shutdown:output_type -> runv.agent.v1.ShutdownResponse
+	81, // [81:99] is the sub-list for method output_type
+	63, // [63:81] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_api_agent_v1_agent_proto_init() }
