@@ -222,6 +222,92 @@ func TestHostCgroup(t *testing.T) {
 	}
 }
 
+// Every flag of update, read back in the guest and by inspect; and what the host
+// or the guest cannot keep is said.
+func TestUpdateFlags(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	s := sh("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done")
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro"}})
+	id := r.create(s)
+	r.ok("start", id)
+	guest := func(files map[string]string) {
+		t.Helper()
+		for file, want := range files {
+			if got := strings.TrimSpace(r.exec(id, "cat", "/sys/fs/cgroup/"+file)); got != want {
+				t.Errorf("%s is %q, want %q", file, got, want)
+			}
+		}
+	}
+	recorded := func() *specs.LinuxResources {
+		t.Helper()
+		var i struct{ Resources *specs.LinuxResources }
+		if err := json.Unmarshal([]byte(r.ok("inspect", id)), &i); err != nil {
+			t.Fatal(err)
+		}
+		return i.Resources
+	}
+	const mib = 1 << 20
+	r.ok("update", "--memory", "96M", "--memory-swap", "128M", "--memory-reservation", "64M", "--cpu-period", "50000", "--cpu-quota", "40000",
+		"--cpu-burst", "10000", "--cpu-share", "2048", "--cpuset-cpus", "0", "--cpuset-mems", "0", "--pids-limit", "100", "--blkio-weight", "200", id)
+	guest(map[string]string{
+		"memory.max": strconv.Itoa(96 * mib), "memory.swap.max": strconv.Itoa(32 * mib), "memory.low": strconv.Itoa(64 * mib),
+		"cpu.max": "40000 50000", "cpu.max.burst": "10000", "cpu.weight": "174", "cpuset.cpus": "0", "cpuset.mems": "0", "pids.max": "100",
+	})
+	want := &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: ptr(int64(96 * mib)), Swap: ptr(int64(128 * mib)), Reservation: ptr(int64(64 * mib))},
+		CPU: &specs.LinuxCPU{
+			Period: ptr(uint64(50000)), Quota: ptr(int64(40000)), Burst: ptr(uint64(10000)), Shares: ptr(uint64(2048)), Cpus: "0", Mems: "0",
+		},
+		Pids: &specs.LinuxPids{Limit: ptr(int64(100))}, BlockIO: &specs.LinuxBlockIO{Weight: ptr(uint16(200))},
+	}
+	same := func() {
+		t.Helper()
+		got, err := json.Marshal(recorded())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text, _ := json.Marshal(want); string(got) != string(text) {
+			t.Errorf("recorded are %s, want %s", got, text)
+		}
+	}
+	same()
+
+	// One that is refused changes nothing, on neither side.
+	r.refused([]string{"linux.resources.cpu.quota"}, "update", "--memory", "80M", "--cpu-quota", "10", id)
+	r.refused([]string{"linux.resources.memory.swap"}, "update", "--memory", "256M", id)
+	r.refused([]string{"--l3-cache-schema"}, "update", "--l3-cache-schema", "L3:0=f", id)
+	r.refused([]string{"--mem-bw-schema"}, "update", "--mem-bw-schema", "MB:0=50", id)
+	r.refused([]string{"no such cgroup file"}, "update", "--resources", r.json(`{"memory":{"limit":83886080},"unified":{"memory.nonsense":"1"}}`), id)
+	guest(map[string]string{"memory.max": strconv.Itoa(96 * mib), "cpu.max": "40000 50000"})
+	same()
+
+	// Less quota than the burst that was, with a smaller burst.
+	r.ok("update", "--cpu-quota", "8000", "--cpu-burst", "2000", id)
+	guest(map[string]string{"cpu.max": "8000 50000", "cpu.max.burst": "2000"})
+	r.ok("update", "--cpu-idle", "1", "--memory", "-1", "--pids-limit", "-1", id)
+	guest(map[string]string{"cpu.idle": "1", "memory.max": "max", "memory.swap.max": "max", "pids.max": "max"})
+	r.ok("update", "--resources", r.json(`{"cpu":{"idle":0,"quota":-1,"burst":0},"hugepageLimits":[{"pageSize":"2MB","limit":4194304}],"unified":{"memory.high":"94371840"}}`), id)
+	guest(map[string]string{
+		"cpu.idle": "0", "cpu.weight": "174", "cpu.max": "max 50000", "hugetlb.2MB.max": "4194304", "memory.high": "94371840",
+	})
+	// Accepted as by runc, and said not to be applied.
+	for _, flags := range [][]string{{"--kernel-memory", "10M"}, {"--kernel-memory-tcp", "10M"}, {"--cpu-rt-period", "100000"}, {"--cpu-rt-runtime", "1000"}} {
+		r.ok(append(append([]string{"update"}, flags...), id)...)
+	}
+	r.ok("delete", "--force", id)
+	r.refused([]string{"does not exist"}, "update", "--memory", "96M", id)
+}
+
+// json is the path of a file with a text.
+func (r *rt) json(text string) string {
+	r.t.Helper()
+	path := filepath.Join(r.dir, r.name()+".json")
+	r.write(path, text)
+	return path
+}
+
 // The container's cgroup goes also if the supervisor was killed, and gc finds
 // the container.
 func TestGarbageAfterAKill(t *testing.T) {
