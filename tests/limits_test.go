@@ -1,8 +1,10 @@
 package tests
 
 import (
+	"context"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -220,6 +222,131 @@ func TestHostCgroup(t *testing.T) {
 	if dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + name); len(dirs) > 0 {
 		t.Errorf("left: %v", dirs)
 	}
+}
+
+// hostMemory is where a container's limit of memory is on this host, and the
+// files of its cgroup.
+func hostMemory(t *testing.T, name string) (limit, usage string) {
+	t.Helper()
+	if v1 := "/sys/fs/cgroup/memory"; exists(v1 + "/memory.limit_in_bytes") {
+		return v1 + name + "/memory.limit_in_bytes", v1 + name + "/memory.usage_in_bytes"
+	}
+	if !exists("/sys/fs/cgroup/cgroup.controllers") {
+		skip(t, "this host has no cgroups with a limit of memory")
+	}
+	return "/sys/fs/cgroup" + name + "/memory.max", "/sys/fs/cgroup" + name + "/memory.current"
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// inCgroup gives a container a cgroup of this test, which goes with it.
+func (r *rt) inCgroup(s *specs.Spec) (name string) {
+	name = "/runv-test-" + r.id + "/c"
+	s.Linux.CgroupsPath = name
+	r.atEnd(func() {
+		for _, pattern := range []string{"/sys/fs/cgroup/*", "/sys/fs/cgroup"} {
+			dirs, _ := filepath.Glob(pattern + filepath.Dir(name))
+			for _, d := range dirs {
+				_ = os.Remove(d)
+			}
+		}
+	})
+	return name
+}
+
+// The host's kernel kills the VM at the limit of the pod's cgroup there: that is
+// a want of memory, not of the guest's, and no success.
+func TestHostOutOfMemory(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	s := sh("until [ -e /data/go ]; do sleep 0.2; done; tail -c 300m /dev/zero | wc -c; sleep 1000")
+	name := r.inCgroup(s)
+	limit, usage := hostMemory(t, name)
+	s.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(400 << 20))}}
+	bundle, id := r.bundle(s), r.name()
+	run := r.start(nil, "run", "--bundle", bundle, id)
+	waitFor(t, "the container to run", func() bool { return strings.Contains(r.try("state", id).stdout, `"running"`) })
+	b, err := os.ReadFile(usage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	used, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As a guest that uses more than anybody thought it could.
+	if err := os.WriteFile(limit, []byte(strconv.Itoa(used+32<<20)), 0); err != nil {
+		t.Fatal(err)
+	}
+	r.write(filepath.Join(bundle, "rootfs/data/go"), "")
+	if code := run.wait(); code != 137 || !strings.Contains(run.output(), "limit of memory of the pod's cgroup on the host") {
+		t.Errorf("exit code %d, want 137; output %q", code, run.output())
+	}
+	// With the container kept, state tells it too.
+	if err := os.Remove(filepath.Join(bundle, "rootfs/data/go")); err != nil {
+		t.Fatal(err)
+	}
+	r.ok("create", "--bundle", bundle, id)
+	r.ok("start", id)
+	if err := os.WriteFile(limit, []byte(strconv.Itoa(used+32<<20)), 0); err != nil {
+		t.Fatal(err)
+	}
+	r.write(filepath.Join(bundle, "rootfs/data/go"), "")
+	r.waitStatus(id, "stopped")
+	if out := r.ok("state", id); !strings.Contains(out, `"oomKilled": true`) || !strings.Contains(out, "limit of memory of the pod's cgroup on the host") {
+		t.Errorf("state says %s", out)
+	}
+	if out := r.ok("inspect", id); !strings.Contains(out, `"exitCode": 137`) {
+		t.Errorf("inspect says %s", out)
+	}
+	r.ok("delete", id)
+}
+
+// Where cgroups cannot be written, a warning names what is not enforced, and it
+// is an error if it must not be so.
+func TestCgroupsCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	s := sh("echo ran")
+	r.inCgroup(s)
+	s.Linux.Resources = &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))}, Pids: &specs.LinuxPids{Limit: ptr(int64(50))}, CPU: &specs.LinuxCPU{Shares: ptr(uint64(100))},
+	}
+	bundle := r.bundle(s)
+	readOnly := func(args ...string) result {
+		ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+		defer cancel()
+		cmd := r.command(ctx, args...)
+		script := `for m in $(awk '$3 ~ /^cgroup2?$/ {print $2}' /proc/mounts); do mount -o remount,bind,ro $m; done; exec "$@"`
+		cmd.Args = append([]string{"unshare", "-m", "sh", "-ec", script, "sh"}, cmd.Args...)
+		path, err := exec.LookPath("unshare")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Path, cmd.Err = path, nil
+		return r.finish(ctx, cmd)
+	}
+	r.write(r.log, "")
+	res := readOnly("run", "--bundle", bundle, r.name())
+	if res.code != 0 || res.stdout != "ran\n" {
+		t.Errorf("exit code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
+	text, err := os.ReadFile(r.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"level":"warning"`, "linux.cgroupsPath: ", "does not enforce linux.resources.memory, linux.resources.cpu, linux.resources.pids"} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("the log lacks %q: %s", want, text)
+		}
+	}
+	r.write(r.log, "")
+	r.checkRefusal(readOnly("--require-cgroup", "run", "--bundle", bundle, r.name()), []string{"require-cgroup"})
 }
 
 // Every flag of update, read back in the guest and by inspect; and what the host
