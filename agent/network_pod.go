@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -142,7 +143,7 @@ func (g *Guest) ConfigureNetwork(cfg *agentv1.NetworkConfig) (err error) {
 			return err
 		}
 	}
-	c := &change{h: p.h, index: make(map[string]int), fresh: make(map[string]bool)}
+	c := newChange(p.h)
 	for _, n := range cfg.GetInterfaces() {
 		name, err := g.cards.take(int(n.Slot))
 		if err == nil {
@@ -169,6 +170,13 @@ type change struct {
 	// fresh are the interfaces that have lost what the kernel takes from one
 	// that is not up, or never had it.
 	fresh map[string]bool
+	// strange are those whose neighbours the kernel has forgotten, since they
+	// would know it under another address (neigh_changeaddr).
+	strange map[string]bool
+}
+
+func newChange(h *netlink.Handle) *change {
+	return &change{h: h, index: make(map[string]int), fresh: make(map[string]bool), strange: make(map[string]bool)}
 }
 
 // configure makes the interface that is called name now what n says; o is what
@@ -196,6 +204,7 @@ func (c *change) configure(name string, o, n *agentv1.NetworkInterface) error {
 			return err
 		}
 	}
+	c.strange[n.Name] = !bytes.Equal(a.HardwareAddr, n.Mac) || n.NoArp != o.GetNoArp()
 	if err := setAddress(l, n.Mac); err != nil {
 		return err
 	}
@@ -397,7 +406,7 @@ func (c *change) neighbours(old, now []*agentv1.Neighbour) error {
 		}
 	}
 	for _, n := range now {
-		if !c.fresh[n.Interface] && !slices.Contains(added, n) {
+		if !c.fresh[n.Interface] && !c.strange[n.Interface] && !slices.Contains(added, n) {
 			continue
 		}
 		e := &netlink.Neigh{LinkIndex: c.index[n.Interface], State: netlink.NUD_PERMANENT, IP: n.Ip, HardwareAddr: n.Mac}

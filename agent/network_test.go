@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -186,7 +187,7 @@ func TestConfigureInterface(t *testing.T) {
 	defer h.Close()
 	apply := func(old, now *agentv1.NetworkConfig) {
 		t.Helper()
-		c := &change{h: h, index: make(map[string]int), fresh: make(map[string]bool)}
+		c := newChange(h)
 		name := "card"
 		var before *agentv1.NetworkInterface
 		if old != nil {
@@ -240,4 +241,9 @@ func TestConfigureInterface(t *testing.T) {
 	want("up again", everything...)
 	apply(first, first)
 	want("the same again", everything...)
+	// The kernel forgets neighbours with the address that they know.
+	other := proto.CloneOf(first)
+	other.Interfaces[0].Mac = []byte{2, 0, 0, 0, 0, 8}
+	apply(first, other)
+	want("another address", append(slices.Clone(everything[1:]), "02:00:00:00:00:08")...)
 }

@@ -340,6 +340,15 @@ func TestPodNetworkChanges(t *testing.T) {
 	w.ping(w.host, "10.77.0.20")
 	w.in(ns, "ip addr add 10.78.0.1/24 dev eth1; ip route add 10.79.0.0/16 via 10.78.0.9; ip link set eth1 mtu 1400")
 	has("changes", all, "10.78.0.1/24", "10.79.0.0/16 via 10.78.0.9", "mtu 1400")
+	neighbour := "ip neigh replace 10.78.0.9 lladdr 02:00:00:00:78:09 dev eth1 nud permanent"
+	w.in(ns, neighbour+"; ip -6 neigh add fd77::99 lladdr 02:00:00:00:77:99 dev eth0 nud permanent")
+	neighbours := []string{"10.78.0.9 dev eth1 lladdr 02:00:00:00:78:09", "fd77::99 dev eth0 lladdr 02:00:00:00:77:99"}
+	has("neighbours", "ip neigh; ip -6 neigh", neighbours...)
+	// The kernel forgets neighbours when the interface's own address changes.
+	w.in(ns, "ip link set eth1 address 02:00:00:00:20:20; "+neighbour)
+	has("an address", "ip neigh; ip -6 neigh; ip link", append(neighbours, "02:00:00:00:20:20")...)
+	w.in(ns, "ip neigh del 10.78.0.9 dev eth1; ip -6 neigh del fd77::99 dev eth0; ip route del 10.79.0.0/16; ip addr del 10.78.0.1/24 dev eth1")
+	has("all of it gone", all+"; ip neigh; ip -6 neigh", "!10.78.0.9", "!fd77::99", "!10.79.0.0", "!10.78.0.1")
 	r.exec(id, "sh", "-c", "true") // what the pod itself does stays, below
 
 	w.attach(ns, "eth2", 21, 1500)
@@ -381,6 +390,25 @@ func TestPodNetworkChanges(t *testing.T) {
 	if out := r.exec(id, "sh", "-c", all); !strings.Contains(out, "mtu 1300") || !strings.Contains(out, "10.80.0.3/24") || strings.Contains(out, "10.80.0.2/24") {
 		t.Errorf("after interface update the pod has\n%s", out)
 	}
+	r.ok("interface", "update", "--route", "10.82.0.0/16=10.80.0.9", "--route", "10.83.0.0/16", "--mac", "02:00:00:00:80:03", id, "net1")
+	if out := r.exec(id, "sh", "-c", all); !strings.Contains(out, "10.82.0.0/16 via 10.80.0.9") || !strings.Contains(out, "10.83.0.0/16 dev net1") || !strings.Contains(out, "02:00:00:00:80:03") {
+		t.Errorf("after interface update the pod has\n%s", out)
+	}
+	r.ok("interface", "update", "--remove-route", "10.82.0.0/16=10.80.0.9", id, "net1")
+	if out := r.exec(id, "ip", "route"); strings.Contains(out, "10.82.0.0") || !strings.Contains(out, "10.83.0.0/16 dev net1") {
+		t.Errorf("after interface update --remove-route the pod has\n%s", out)
+	}
+	r.ok("interface", "update", "--down", id, "net1")
+	if out := r.exec(id, "ip", "link", "show", "net1"); strings.Contains(out, "UP") || r.interfaces(id)["net1"].Up {
+		t.Errorf("after interface update --down the pod has %s", out)
+	}
+	r.ok("interface", "update", "--up", id, "net1")
+	if out := r.exec(id, "sh", "-c", all); !strings.Contains(out, "10.80.0.3/24") || !r.interfaces(id)["net1"].Up {
+		t.Errorf("after interface update --up the pod has\n%s", out)
+	}
+	r.refused([]string{"--mtu", "68 to 65535"}, "interface", "update", "--mtu", "67", id, "net1")
+	r.refused([]string{"--up and --down"}, "interface", "update", "--up", "--down", id, "net1")
+	r.refused([]string{"nosuch"}, "interface", "update", "--up", id, "nosuch")
 	r.refused([]string{"eth0", "was not added by runv"}, "interface", "rm", id, "eth0")
 	r.ok("interface", "rm", id, "net1")
 	if out := r.exec(id, "ip", "link"); strings.Contains(out, "net1") {

@@ -166,25 +166,34 @@ func TestPod(t *testing.T) {
 	})
 	t.Run("by annotation", func(t *testing.T) {
 		r := r.in(t)
-		s := sh(pause)
-		s.Hostname = ""
-		annotate("io.kubernetes.cri.container-type", "container", "io.kubernetes.cri.sandbox-id", sb)(s)
-		for _, ns := range []specs.LinuxNamespaceType{specs.IPCNamespace, specs.UTSNamespace} {
-			namespace(ns, r.procNS(sb, string(ns)))(s)
+		for _, kv := range [][]string{
+			{"io.kubernetes.cri.container-type", "container", "io.kubernetes.cri.sandbox-id", sb},
+			// CRI-O's, and Podman's.
+			{"io.kubernetes.cri-o.ContainerType", "container", "io.kubernetes.cri-o.SandboxID", sb},
+		} {
+			s := sh(pause)
+			s.Hostname = ""
+			annotate(kv...)(s)
+			for _, ns := range []specs.LinuxNamespaceType{specs.IPCNamespace, specs.UTSNamespace} {
+				namespace(ns, r.procNS(sb, string(ns)))(s)
+			}
+			namespace(specs.NetworkNamespace, r.procNS(sb, "net"))(s)
+			id := r.create(s)
+			if out := r.exec(id, "hostname"); out != "pod-name\n" {
+				t.Errorf("%s: the hostname is %q", kv[0], out)
+			}
+			if n := r.vms(); n != 1 {
+				t.Errorf("%s: %d VMs", kv[0], n)
+			}
+			r.ok("delete", "--force", id)
+			// A network of its own has nothing but a loopback interface.
+			namespace(specs.NetworkNamespace, "")(s)
+			id = r.create(s)
+			if out := r.exec(id, "sh", "-c", "ls /sys/class/net; nc -w 1 127.0.0.1 8080"+" || echo nobody"); out != "lo\nnobody\n" {
+				t.Errorf("%s: its own network: %q", kv[0], out)
+			}
+			r.ok("delete", "--force", id)
 		}
-		namespace(specs.NetworkNamespace, r.procNS(sb, "net"))(s)
-		id := r.create(s)
-		if out := r.exec(id, "hostname"); out != "pod-name\n" {
-			t.Errorf("the hostname is %q", out)
-		}
-		r.ok("delete", "--force", id)
-		// A network of its own has nothing but a loopback interface.
-		namespace(specs.NetworkNamespace, "")(s)
-		id = r.create(s)
-		if out := r.exec(id, "sh", "-c", "ls /sys/class/net; nc -w 1 127.0.0.1 8080"+" || echo nobody"); out != "lo\nnobody\n" {
-			t.Errorf("its own network: %q", out)
-		}
-		r.ok("delete", "--force", id)
 	})
 	t.Run("engine's shared memory", func(t *testing.T) {
 		r := r.in(t)
