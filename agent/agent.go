@@ -44,6 +44,8 @@ type Agent struct {
 	configuring sync.Mutex
 	networked   bool            // guarded by configuring; UpdateNetwork may be called
 	shares      []*mountedShare // guarded by configuring
+	// cachedMounted: cachedShare is mounted; guarded by configuring.
+	cachedMounted bool
 
 	mu         sync.Mutex
 	configured bool                  // guarded by mu
@@ -260,6 +262,9 @@ func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateCont
 		}
 	}()
 	defer a.survive(&err)
+	if err := a.mountCached(req); err != nil {
+		return nil, err
+	}
 	if c.storage, err = a.openStorage(ctx, req); err != nil {
 		return nil, err
 	}

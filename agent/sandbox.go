@@ -136,6 +136,29 @@ func (a *Agent) mountShares(shares []*agentv1.Share) (err error) {
 	return nil
 }
 
+// cachedShare is mounted for what nobody changes.
+var cachedShare = &agentv1.Share{Tag: agentv1.CachedShareTag, Type: "9p", Options: "cache=loose", ReadOnly: true}
+
+// mountCached mounts it when a container is the first to need it, for the rest of
+// the guest's life.
+func (a *Agent) mountCached(req *agentv1.CreateContainerRequest) error {
+	needed := req.GetRootfs().GetShareTag() == agentv1.CachedShareTag ||
+		slices.ContainsFunc(req.GetMounts(), func(m *agentv1.Mount) bool { return m.GetShareTag() == agentv1.CachedShareTag })
+	if !needed {
+		return nil
+	}
+	a.configuring.Lock()
+	defer a.configuring.Unlock()
+	if a.cachedMounted {
+		return nil
+	}
+	if _, err := a.system.MountShare(cachedShare); err != nil {
+		return fmt.Errorf("mount share %q: %w", cachedShare.Tag, err)
+	}
+	a.cachedMounted = true
+	return nil
+}
+
 // unmountShares leaves the first keep shares.
 func (a *Agent) unmountShares(keep int) {
 	for _, m := range slices.Backward(a.shares[keep:]) {

@@ -3,7 +3,57 @@ package agent
 import (
 	"slices"
 	"testing"
+
+	"google.golang.org/grpc/codes"
+
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
+
+// What nobody changes is mounted when the first container has it, once; and a
+// container that is gone is forgotten.
+func TestCachedShare(t *testing.T) {
+	f := newFixture(t)
+	mounted := func() int {
+		f.system.mu.Lock()
+		defer f.system.mu.Unlock()
+		n := 0
+		for _, tag := range f.system.mounted {
+			if tag == agentv1.CachedShareTag {
+				n++
+			}
+		}
+		return n
+	}
+	f.create("plain", "true", nil)
+	if mounted() != 0 {
+		t.Error("it is mounted for a container that has no use for it")
+	}
+	req := func(id string) *agentv1.CreateContainerRequest {
+		r := shellContainer(id, "true", nil)
+		r.Mounts = []*agentv1.Mount{{Destination: "/v", ShareTag: agentv1.CachedShareTag, SharePath: id + "/mounts/0"}}
+		return r
+	}
+	f.system.fail = "mount " + agentv1.CachedShareTag
+	_, err := f.CreateContainer(f.ctx, req("a"))
+	wantCode(t, "create", err, codes.Internal, `mount share "runv-cached"`)
+	f.system.fail = ""
+	for _, id := range []string{"a", "b"} {
+		if _, err := f.CreateContainer(f.ctx, req(id)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := mounted(); n != 1 {
+		t.Errorf("it is mounted %d times", n)
+	}
+	if _, err := f.DeleteContainer(f.ctx, &agentv1.DeleteContainerRequest{ContainerId: "b"}); err != nil {
+		t.Fatal(err)
+	}
+	f.system.mu.Lock()
+	defer f.system.mu.Unlock()
+	if !slices.Equal(f.system.forgotten, []string{"a", "b"}) { // a when it failed
+		t.Errorf("forgotten are %q", f.system.forgotten)
+	}
+}
 
 func TestSharedMounts(t *testing.T) {
 	const mountinfo = `22 1 0:20 / /proc rw - proc proc rw

@@ -314,6 +314,11 @@ func translateMount(m *specs.Mount, field, sharePath string, disks *disks, o *Op
 	if m.Source == "" {
 		return nil, nil, fmt.Errorf("%s.source: is missing, want the file or directory to bind", field)
 	}
+	loose, data, err := cacheMode(field, opts.data)
+	if err != nil {
+		return nil, nil, err
+	}
+	opts.data, out.Data = data, data
 	if len(opts.data) > 0 {
 		// mount(2) takes no notice of them in a bind mount; runc and crun pass
 		// them on to it.
@@ -340,6 +345,12 @@ func translateMount(m *specs.Mount, field, sharePath string, disks *disks, o *Op
 		Nodev:     (opts.attr.set|opts.rec.set)&unix.MOUNT_ATTR_NODEV != 0,
 		Noexec:    (opts.attr.set|opts.rec.set)&unix.MOUNT_ATTR_NOEXEC != 0,
 		Field:     field + ".source",
+	}
+	if loose {
+		if !host.ReadOnly {
+			return nil, nil, fmt.Errorf("%s.options: %sloose is for a tree that nobody changes: want \"ro\" beside it", field, cacheOption)
+		}
+		out.ShareTag = agentv1.CachedShareTag
 	}
 	return out, host, nil
 }

@@ -124,6 +124,12 @@ func Translate(spec *specs.Spec, o Options) (*supervisorv1.CreateRequest, error)
 			ReadOnly:  storage.overlay,
 			Field:     "root.path",
 		})
+		if storage.overlay {
+			// Nothing may change below an overlay (the kernel's
+			// Documentation/filesystems/overlayfs.rst, "Changes to underlying
+			// filesystems"), so what was read of it may be kept.
+			c.Rootfs.ShareTag = agentv1.CachedShareTag
+		}
 	}
 	resolvConf := false
 	for i := range spec.Mounts {

@@ -387,7 +387,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		})
 	} else {
 		s.mu.Lock()
-		m = &machine{vm: s.machine.vm, client: s.machine.client}
+		m = &machine{vm: s.machine.vm, client: s.machine.client, files: s.machine.files}
 		c.record.VM = s.machine.process // written with the status
 		s.mu.Unlock()
 		u.add(func() { s.destroyInGuest(c) })
@@ -403,6 +403,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	if len(req.Container.Hooks.GetCreateContainer()) > 0 {
 		hooked = true
 	}
+	s.chooseCaching(m, req.Container)
 	if err := s.createInGuest(ctx, m, first, req); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

@@ -258,8 +258,12 @@ func VMConfig(name string, vm *supervisorv1.VM, sharePath string) (hypervisor.Co
 		Transport:    hypervisor.TransportSerial,
 		SerialPort:   agentv1.SerialPortName,
 		VsockPort:    agentv1.VsockPort,
-		Shares:       []hypervisor.Share{{Tag: agentv1.ShareTag, Path: sharePath}},
-		Confine:      vm.QemuSandbox,
+		Shares: []hypervisor.Share{
+			{Tag: agentv1.ShareTag, Path: sharePath},
+			// A device of 9p is mounted once, with one way to cache.
+			{Tag: agentv1.CachedShareTag, Path: sharePath, ReadOnly: true},
+		},
+		Confine: vm.QemuSandbox,
 	}
 	switch vm.Transport {
 	case "":

@@ -120,6 +120,7 @@ type Supervisor struct {
 	machine    *machine
 	share      sharer
 	containers map[string]*container
+	cached     map[string]bool // containers that there have been with files which the guest keeps
 	processes  map[processKey]*process
 	changed    chan struct{} // closed and replaced when processes gets one more
 	inFlight   int           // calls that hold the end of the pod up
@@ -163,6 +164,7 @@ func New(o Options) *Supervisor {
 		cut:        make(chan struct{}),
 		gone:       make(chan struct{}),
 		containers: make(map[string]*container),
+		cached:     make(map[string]bool),
 		processes:  make(map[processKey]*process),
 		changed:    make(chan struct{}),
 		stdio:      newStdioQueue(),

@@ -81,6 +81,8 @@ func startFileServer(ctx context.Context, vm *supervisorv1.VM, driver string, cf
 	case err != nil:
 		return nil, status.Errorf(codes.FailedPrecondition, "share is %q: %v", shareVirtiofs, err)
 	}
+	// What is shared so is read anew each time: there is no second device.
+	cfg.Shares = cfg.Shares[:1:1]
 	share := &cfg.Shares[0]
 	s, err := p.Start(share.Path, filepath.Dir(share.Path))
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
 	"github.com/hyperhq/runv/factory"
 	"github.com/hyperhq/runv/hypervisor"
@@ -104,6 +105,36 @@ func TestStartFileServer(t *testing.T) {
 				s.Close()
 			}
 		})
+	}
+}
+
+// The guest may keep a container's files if it is asked to, but not with virtiofs,
+// and not in the place of a container with the same name.
+func TestChooseCaching(t *testing.T) {
+	s := New(Options{SandboxID: "pod", Dir: t.TempDir()})
+	request := func(id, root, volume string) *agentv1.CreateContainerRequest {
+		return &agentv1.CreateContainerRequest{
+			ContainerId: id, Rootfs: &agentv1.Rootfs{ShareTag: root},
+			Mounts: []*agentv1.Mount{{Type: "proc"}, {ShareTag: volume}},
+		}
+	}
+	const fresh, cached, disk = agentv1.ShareTag, agentv1.CachedShareTag, agentv1.DiskTag
+	plain, virtio := &machine{}, &machine{files: &stubServer{}}
+	for _, tc := range []struct {
+		m                              *machine
+		id, root, volume, wantR, wantV string
+	}{
+		{plain, "a", fresh, fresh, fresh, fresh},
+		{plain, "a", disk, cached, disk, cached}, // nothing of the first was kept
+		{plain, "a", cached, cached, fresh, fresh},
+		{plain, "b", cached, fresh, cached, fresh},
+		{virtio, "c", cached, cached, fresh, fresh},
+	} {
+		req := request(tc.id, tc.root, tc.volume)
+		s.chooseCaching(tc.m, req)
+		if r, v := req.Rootfs.ShareTag, req.Mounts[1].ShareTag; r != tc.wantR || v != tc.wantV {
+			t.Errorf("%s with %q and %q: %q and %q, want %q and %q", tc.id, tc.root, tc.volume, r, v, tc.wantR, tc.wantV)
+		}
 	}
 }
 

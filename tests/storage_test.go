@@ -471,3 +471,70 @@ func TestBlockInClone(t *testing.T) {
 	tool(t, "e2fsck", "-n", "-f", image)
 	clones.ok("delete", "--force", sb)
 }
+
+// A volume that is said to be changed by nobody is read once; one that is not, each
+// time. A container that takes the place of another one with its name sees its own
+// files.
+func TestCacheModes(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	vol := filepath.Join(r.dir, "vol")
+	if err := os.Mkdir(vol, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(text string) { r.write(filepath.Join(vol, "f"), text+"\n") }
+	volumes := func(s *specs.Spec) {
+		s.Mounts = append(s.Mounts,
+			specs.Mount{Type: "bind", Source: vol, Destination: "/cached", Options: []string{"rbind", "ro", "x-runv.cache=loose"}},
+			specs.Mount{Type: "bind", Source: vol, Destination: "/fresh", Options: []string{"rbind", "ro", "x-runv.cache=mmap"}},
+			specs.Mount{Type: "bind", Source: filepath.Join(vol, "f"), Destination: "/file", Options: []string{"bind", "ro", "x-runv.cache=loose"}})
+	}
+	clones, _ := r.cloning()
+	for name, r := range map[string]*rt{"booted": r, "cloned": clones} {
+		sb := r.running()
+		write("one")
+		id := r.member(sb, volumes)
+		read := func(when, want string) {
+			t.Helper()
+			if got := r.exec(id, "sh", "-c", "cat /cached/f /fresh/f /file; touch /cached/new 2>/dev/null && echo written; true"); got != want {
+				t.Errorf("%s, %s: the container reads %q, want %q", name, when, got, want)
+			}
+		}
+		read("at first", "one\none\none\n")
+		write("two") // as long, and of the same second perhaps
+		read("after a change", "one\ntwo\none\n")
+		r.ok("delete", "--force", id)
+
+		s := sh(pause)
+		s.Hostname = ""
+		volumes(s)
+		r.ok("create", "--pod", sb, "--bundle", r.bundle(s), id)
+		r.ok("start", id)
+		read("in a container of the same name", "two\ntwo\ntwo\n")
+		r.ok("delete", "--force", sb)
+	}
+
+	for option, want := range map[string]string{
+		"x-runv.cache=loose": `want "ro" beside it`,
+		"x-runv.cache=much":  "names no way to cache",
+		"x-runv.kache=loose": "is not one of runv's",
+	} {
+		s := spec("true")
+		s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: vol, Destination: "/v", Options: []string{"rbind", option}})
+		r.refused([]string{"mounts[" + strconv.Itoa(len(s.Mounts)-1) + "].options", want}, "run", "--bundle", r.bundle(s), r.name())
+	}
+	if unix.Access("/usr/lib/qemu/virtiofsd", unix.X_OK) != nil {
+		return
+	}
+	// With virtiofs nothing is kept.
+	v := r.sharing("virtiofs")
+	write("one")
+	id := v.running(volumes)
+	v.exec(id, "cat", "/cached/f", "/file")
+	write("two")
+	if got := v.exec(id, "cat", "/cached/f", "/file"); got != "two\ntwo\n" {
+		t.Errorf("with virtiofs the container reads %q", got)
+	}
+	v.ok("delete", "--force", id)
+}

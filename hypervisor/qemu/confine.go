@@ -115,14 +115,26 @@ func newJail(program string, accel Accel, c hypervisor.Config) *jail {
 		if s.Server != nil {
 			continue // QEMU has nothing to do with the files
 		}
-		b := bind{path: filepath.Clean(s.Path), attr: attrShare, tree: true}
-		if s.ReadOnly {
-			b.attr |= unix.MOUNT_ATTR_RDONLY
-		}
-		j.binds = append(j.binds, b)
-		j.capabilities = shareCapabilities
+		j.share(filepath.Clean(s.Path), s.ReadOnly)
 	}
 	return j
+}
+
+// share binds the directory of a share. Of several shares of one directory the
+// writable one counts; QEMU itself keeps the others read-only.
+func (j *jail) share(path string, readOnly bool) {
+	j.capabilities = shareCapabilities
+	attr := uint64(attrShare)
+	if readOnly {
+		attr |= unix.MOUNT_ATTR_RDONLY
+	}
+	for i := range j.binds {
+		if b := &j.binds[i]; b.path == path && b.tree {
+			b.attr &= attr
+			return
+		}
+	}
+	j.binds = append(j.binds, bind{path: path, attr: attr, tree: true})
 }
 
 // enter puts the calling thread into the jail. It must run on a thread that is

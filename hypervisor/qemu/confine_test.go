@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,12 @@ func TestNewJail(t *testing.T) {
 	c.Shares = []hypervisor.Share{{Tag: "served", Path: "/srv/c", Server: os.Stdin}}
 	if j := newJail("/usr/bin/qemu", TCG, c); find(j, "/srv/c") != nil || len(j.capabilities) != 0 {
 		t.Errorf("a QEMU that serves no files sees them, or has the capabilities %v", j.capabilities)
+	}
+
+	c.Shares = []hypervisor.Share{{Tag: "cached", Path: "/srv/d", ReadOnly: true}, {Tag: "same", Path: "/srv/d/"}, {Tag: "again", Path: "/srv/d", ReadOnly: true}}
+	j = newJail("/usr/bin/qemu", TCG, c)
+	if b := find(j, "/srv/d"); b == nil || b.attr&unix.MOUNT_ATTR_RDONLY != 0 || slices.ContainsFunc(j.binds, func(o bind) bool { return o.path == b.path && o != *b }) {
+		t.Errorf("a directory that is shared twice, once for writing, is bound as %+v", j.binds)
 	}
 
 	c.NICs = []hypervisor.NIC{{}, {User: true}}

@@ -19,6 +19,11 @@ const (
 	// ShareTag is the mount tag of the pod's shared directory.
 	ShareTag = "runv"
 
+	// CachedShareTag is the mount tag of the same directory once more, for what
+	// nobody changes: it is read-only, and the guest keeps what it has read. The
+	// agent mounts it when the first container needs it.
+	CachedShareTag = "runv-cached"
+
 	// DiskTag is the tag of a share that the guest makes itself: disks, by their
 	// serial numbers.
 	DiskTag = "disks"
