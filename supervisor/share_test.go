@@ -140,3 +140,82 @@ func TestCheckSharePath(t *testing.T) {
 		}
 	}
 }
+
+// Whatever lies in the place of a mount point or above it, nothing is mounted or
+// unmounted behind a link.
+func TestShareFollowsNoLink(t *testing.T) {
+	inPrivateNS(t, func() {
+		dir, vol, outside := t.TempDir(), t.TempDir(), t.TempDir()
+		at := filepath.Join(outside, "rootfs")
+		if err := os.Mkdir(at, 0o755); err != nil {
+			t.Error(err)
+			return
+		}
+		// What must stay mounted.
+		if err := unix.Mount("kept", at, "tmpfs", 0, ""); err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = unix.Unmount(at, unix.MNT_DETACH) }()
+		kept := func(when string) {
+			t.Helper()
+			var st unix.Statfs_t
+			if err := unix.Statfs(at, &st); err != nil || st.Type != unix.TMPFS_MAGIC {
+				t.Errorf("%s: what was mounted outside is gone (%v)", when, err)
+			}
+			if es, err := os.ReadDir(outside); err != nil || len(es) != 1 {
+				t.Errorf("%s: outside there are %v (%v)", when, es, err)
+			}
+			if es, err := os.ReadDir(at); err != nil || len(es) != 0 {
+				t.Errorf("%s: something was mounted or made outside: %v (%v)", when, es, err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(vol, "file"), nil, 0o600); err != nil {
+			t.Error(err)
+			return
+		}
+		s, err := newShare(dir, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer s.close()
+		rw := int(s.rw.Fd())
+		plant := func(name string) {
+			t.Helper()
+			if err := unix.Symlinkat(outside, rw, name); err != nil {
+				t.Error(err)
+			}
+		}
+		mounts := []*supervisorv1.HostMount{{Source: vol, SharePath: "c/rootfs", Recursive: true, Field: "root.path"}}
+
+		// A link is in the place of the container's directory.
+		plant("c")
+		undo, err := s.add(t.Context(), mounts)
+		if !errors.Is(err, unix.ELOOP) && !errors.Is(err, unix.ENOTDIR) {
+			t.Errorf("mount below a link: %v, want ELOOP", err)
+		}
+		kept("after the refused mount")
+		undo()
+		kept("after its undo")
+		if err := unix.Unlinkat(rw, "c", 0); err != nil {
+			t.Error(err)
+		}
+
+		// It comes there after the mount.
+		undo, err = s.add(t.Context(), mounts)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if err := unix.Renameat(rw, "c", rw, "moved"); err != nil {
+			t.Error(err)
+		}
+		plant("c")
+		undo()
+		kept("after an unmount by a link")
+		if _, err := os.Stat(filepath.Join(s.path, "moved/rootfs/file")); err != nil {
+			t.Errorf("what was mounted elsewhere was unmounted: %v", err)
+		}
+	})
+}

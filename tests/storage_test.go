@@ -144,6 +144,32 @@ echo "== qcow2"; cat /v/qcow2/from-host; dd if=/dev/zero of=/v/qcow2/big bs=64k 
 	}
 }
 
+// A device of the device mapper is a disk as any block device is: what runs on it
+// is the host's.
+func TestBlockDeviceMapper(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	if _, err := os.Stat("/dev/mapper/control"); err != nil {
+		// Not a prerequisite that could be installed, so RUNV_TEST_MUST has no say.
+		t.Skipf("needs a kernel with the device mapper: %v", err)
+	}
+	r := newRT(t)
+	image := r.ext4Image()
+	name := strings.ReplaceAll(r.id, "-", "_")
+	dev := r.loop(image)
+	sectors := tool(t, "blockdev", "--getsz", dev)
+	tool(t, "dmsetup", "create", name, "--table", "0 "+sectors+" linear "+dev+" 0")
+	*r.ends = append(*r.ends, func() { tool(t, "dmsetup", "remove", name) })
+	s := sh("cat /v/from-host; echo guest > /v/from-guest")
+	s.Mounts = append(s.Mounts, specs.Mount{Type: "ext4", Source: filepath.Join("/dev/mapper", name), Destination: "/v"})
+	if res := r.run(s); res.code != 0 || res.stdout != "host\n" {
+		t.Errorf("code %d, stdout %q, stderr %q", res.code, res.stdout, res.stderr)
+	}
+	if text := r.inImage(image, "/from-guest"); text != "guest\n" {
+		t.Errorf("the host reads %q from the image", text)
+	}
+}
+
 // What is wrong with a disk is said in one line that names the field.
 func TestBlockVolumesRefused(t *testing.T) {
 	t.Parallel()
