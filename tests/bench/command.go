@@ -15,7 +15,7 @@ import (
 )
 
 // commandLimit is the longest that one command may take.
-const commandLimit = 3 * time.Minute
+const commandLimit = 5 * time.Minute
 
 // exit is the end of a child.
 type exit struct {
