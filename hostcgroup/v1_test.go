@@ -105,8 +105,11 @@ func TestV1Systemd(t *testing.T) {
 			for _, f := range []struct{ controller, file, want string }{
 				{"memory", "memory.limit_in_bytes", fmt.Sprint(more(64 << 20))},
 				{"memory", "memory.soft_limit_in_bytes", fmt.Sprint(more(32 << 20))},
-				{"cpu", "cpu.shares", "512"}, {"cpu", "cpu.cfs_quota_us", "90000"}, {"cpu", "cpu.cfs_period_us", "100000"},
-				{"cpuset", "cpuset.cpus", "0"}, {"pids", "pids.max", "2048"},
+				{"cpu", "cpu.shares", "512"},
+				{"cpu", "cpu.cfs_quota_us", "90000"},
+				{"cpu", "cpu.cfs_period_us", "100000"},
+				{"cpuset", "cpuset.cpus", "0"},
+				{"pids", "pids.max", "2048"},
 			} {
 				b, err := os.ReadFile(filepath.Join(g.m.Path(f.controller), f.file))
 				if got := strings.TrimSpace(string(b)); err != nil || got != f.want {
