@@ -219,8 +219,11 @@ func groupOf(dir string, params *bootapi.BootstrapParams) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if p.ID != "" {
+	switch {
+	case p.ID != "":
 		return p.ID, nil
+	case p.Sandbox:
+		return id, nil
 	}
 	for _, ns := range spec.Linux.Namespaces {
 		if ns.Path == "" {
