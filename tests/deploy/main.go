@@ -59,6 +59,9 @@ func run(dir, class, cgroup, logs, out string) (handler string, err error) {
 			return "", fmt.Errorf("RuntimeClass %s: its handler %q is none of containerd's: %v", name, c.Handler, handlers)
 		}
 	}
+	if err := checkCRIO(filepath.Join(dir, "crio", "runv.conf"), classes["runv"]); err != nil {
+		return "", err
+	}
 	if class == "" {
 		class = *pod.Spec.RuntimeClassName
 	}
@@ -227,6 +230,35 @@ func readHandlers(path string) ([]string, error) {
 	}
 	slices.Sort(names)
 	return names, nil
+}
+
+// checkCRIO looks for the handler of a class in CRI-O's configuration.
+func checkCRIO(path string, class *nodev1.RuntimeClass) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var f struct {
+		CRIO struct {
+			Runtime struct {
+				DropInfra *bool `toml:"drop_infra_ctr"`
+				Runtimes  map[string]struct {
+					Type string `toml:"runtime_type"`
+				} `toml:"runtimes"`
+			} `toml:"runtime"`
+		} `toml:"crio"`
+	}
+	if err := toml.Unmarshal(b, &f); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	r := f.CRIO.Runtime
+	if r.DropInfra == nil || *r.DropInfra {
+		return fmt.Errorf("%s: drop_infra_ctr is not false", path)
+	}
+	if class == nil || r.Runtimes[class.Handler].Type != "oci" {
+		return fmt.Errorf("%s: there is no RuntimeClass runv, or no runtime of type oci for it", path)
+	}
+	return nil
 }
 
 // translate does what a kubelet does with a pod of this kind.

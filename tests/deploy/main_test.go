@@ -48,6 +48,8 @@ func TestRefused(t *testing.T) {
 		{"runtimeclass.yaml", "handler: runv-cli", "handler: other", "none of containerd's: [runv runv-cli]"},
 		{"runtimeclass.yaml", "podFixed", "podfixed", "unknown field"},
 		{"runtimeclass.yaml", "320Mi", "-320Mi", "podFixed"},
+		{"crio/runv.conf", "drop_infra_ctr = false", "", "drop_infra_ctr"},
+		{"crio/runv.conf", "runtimes.runv]", "runtimes.other]", "no runtime of type oci"},
 		{"containerd/runv.toml", "version = 3", "version = 2", "want 3"},
 		{"containerd/runv.toml", "runtimes.runv]", "runtimes.runv2]", "none of containerd's"},
 	} {
