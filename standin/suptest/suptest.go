@@ -41,6 +41,7 @@ type Process struct {
 	have     chan struct{} // closed when every stream of Stdio is connected
 	attached chan struct{} // closed when a stand-in has attached
 	signals  chan uint32
+	early    []uint32 // of run: signals that came before the program ran
 	sizes    chan string
 	started  chan struct{}
 	done     chan struct{}
@@ -278,19 +279,26 @@ func (s *Server) accept(c net.Conn) {
 // run is the life of a process.
 func (s *Server) run(p *Process) {
 	defer close(p.done)
+	// Signals that come before its program runs wait for it, but for SIGKILL.
+	var early []uint32
 	for _, c := range []chan struct{}{p.have, p.started} {
-		select {
-		case <-c:
-		case <-s.ctx.Done():
-			return
-		case sig := <-p.signals:
-			if sig == 9 {
-				p.signal = 9
-				s.ended(p)
+		for ready := false; !ready; {
+			select {
+			case <-c:
+				ready = true
+			case <-s.ctx.Done():
 				return
+			case sig := <-p.signals:
+				if sig == 9 {
+					p.signal = 9
+					s.ended(p)
+					return
+				}
+				early = append(early, sig)
 			}
 		}
 	}
+	p.early = early
 	p.mu.Lock()
 	in := p.conns[agentv1.StreamHeader_KIND_STDIN]
 	out := p.conns[agentv1.StreamHeader_KIND_STDOUT]
@@ -379,20 +387,26 @@ func (s *Server) program(p *Process, in, out, errc net.Conn) (code, sig uint32) 
 // sleep prints what it gets, ends with SIGTERM (unless it is a trap) and SIGKILL.
 func (s *Server) sleep(p *Process, out net.Conn) (code, sig uint32) {
 	for {
-		select {
-		case <-s.ctx.Done():
-			return 0, 9
-		case size := <-p.sizes:
-			_, _ = fmt.Fprintf(out, "size %s\n", size)
-		case n := <-p.signals:
-			if n == 9 || n == 15 && p.Args[0] != "trap" {
-				return 0, n
+		var n uint32
+		if len(p.early) > 0 {
+			n, p.early = p.early[0], p.early[1:]
+		} else {
+			select {
+			case <-s.ctx.Done():
+				return 0, 9
+			case size := <-p.sizes:
+				_, _ = fmt.Fprintf(out, "size %s\n", size)
+				continue
+			case n = <-p.signals:
 			}
-			if n == 12 {
-				return 12, 0
-			}
-			_, _ = fmt.Fprintf(out, "signal %d\n", n)
 		}
+		if n == 9 || n == 15 && p.Args[0] != "trap" {
+			return 0, n
+		}
+		if n == 12 {
+			return 12, 0
+		}
+		_, _ = fmt.Fprintf(out, "signal %d\n", n)
 	}
 }
 
