@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -204,12 +205,13 @@ func groupOf(dir string, params *bootapi.BootstrapParams) (string, error) {
 	}
 	defer f.Close()
 	// Nothing else is of interest yet, and Create reports what is wrong.
+	type namespace struct {
+		Path string `json:"path"`
+	}
 	var spec struct {
 		Annotations map[string]string `json:"annotations"`
 		Linux       struct {
-			Namespaces []struct {
-				Path string `json:"path"`
-			} `json:"namespaces"`
+			Namespaces []namespace `json:"namespaces"`
 		} `json:"linux"`
 	}
 	if err := json.NewDecoder(f).Decode(&spec); err != nil {
@@ -225,21 +227,19 @@ func groupOf(dir string, params *bootapi.BootstrapParams) (string, error) {
 	case p.Sandbox:
 		return id, nil
 	}
-	for _, ns := range spec.Linux.Namespaces {
-		if ns.Path == "" {
-			continue
-		}
-		set, err := loadSettings(optionsOf(params), params.GetNamespace())
-		if err != nil {
-			break
-		}
-		pods := client.New(client.Options{Store: state.Open(set.root)})
-		if sandbox, err := bundle.SandboxOf(bundle.Options{ID: id, Dir: dir, Pods: pods}); err == nil {
-			return sandbox, nil
-		}
-		break
+	if !slices.ContainsFunc(spec.Linux.Namespaces, func(ns namespace) bool { return ns.Path != "" }) {
+		return id, nil
 	}
-	return id, nil
+	set, err := loadSettings(optionsOf(params), params.GetNamespace())
+	if err != nil {
+		return id, nil
+	}
+	pods := client.New(client.Options{Store: state.Open(set.root)})
+	sandbox, err := bundle.SandboxOf(bundle.Options{ID: id, Dir: dir, Pods: pods})
+	if err != nil {
+		return id, nil
+	}
+	return sandbox, nil
 }
 
 // optionsOf finds the runtime's options in what containerd sends; nil if there

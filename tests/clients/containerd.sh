@@ -121,7 +121,14 @@ t_killed() {
 	wait $p
 	[ $? = 137 ]
 }
-t_log_file() { rm -f "$work/o13"; start --log-uri "file://$work/o13" $image o13 sh -c 'echo out; echo err >&2' && until_true 20 is o13 STOPPED && [ "$(sort "$work/o13" | tr '\n' ' ')" = 'err out ' ]; local ok=$?; remove o13; return $ok; }
+# containerd's shim for runc does not always get both streams into the file.
+t_log_file() {
+	rm -f "$work/o13"
+	start --log-uri "file://$work/o13" $image o13 sh -c 'echo out; echo err >&2' && until_true 20 is o13 STOPPED && grep -qx out "$work/o13" && { ! native || grep -qx err "$work/o13"; }
+	local ok=$?
+	remove o13
+	return $ok
+}
 t_logger() {
 	rm -f "$work/logged"
 	printf '#!/bin/sh\n{ echo "$CONTAINER_ID"; exec 5>&-; cat <&3; } >%s\n' "$work/logged" >"$work/bin/logger"
@@ -145,7 +152,7 @@ t_root_block() {
 	[ "${rw#* }" = '/written ' ] && [ "${ro#* }" = 'refused ' ]
 }
 t_root_kept() {
-	start --snapshotter blockfile $image r4 sh -c 'echo kept >/kept; exec sleep 1000' && until_true 20 c task exec --exec-id k1 r4 cat /kept &&
+	start --snapshotter blockfile $image r4 sh -c '[ -e /kept ] || echo kept >/kept; exec sleep 1000' && until_true 20 c task exec --exec-id k1 r4 cat /kept &&
 		c task kill -s KILL r4 && until_true 20 is r4 STOPPED && c task rm r4
 	c task start -d r4 && [ "$(c task exec --exec-id k2 r4 cat /kept)" = kept ]
 	local ok=$?
@@ -303,7 +310,10 @@ life() {
 	until_true 20 is v1 STOPPED
 	remove v1
 }
-t_events() { events create start exec-added exec-started paused resumed exit delete -- life; }
+# containerd's shim for runc does not wait for its events when it ends: that of a
+# deletion can be lost after much else. Of a plain run it must come.
+lives() { life; native || run $image v3 true; }
+t_events() { events create start exec-added exec-started paused resumed exit delete -- lives; }
 t_events_oom() { events oom exit -- run --memory-limit $((64 << 20)) $image v2 sh -c 'tail /dev/zero'; }
 # Whoever looks after the container of a bundle.
 shim_of() {
