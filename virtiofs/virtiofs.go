@@ -144,7 +144,7 @@ func version(text string) string {
 // attributes, and lets the guest keep pages until a file's time or size is
 // another one; then programs may map files shared. The successor has no such
 // setting: it lets the guest cache nothing (cache=never), and files can be mapped
-// shared if it is 1.11 or later and the guest's kernel Linux 6.6 or later.
+// shared if it has --allow-mmap and the guest's kernel is Linux 6.6 or later.
 //
 // Submounts are announced: files of several file systems below one directory are
 // then on several devices for the guest too, and no two have the same number.
