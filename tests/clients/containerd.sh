@@ -407,10 +407,10 @@ choose() {
 	*) rt=(--runtime io.containerd.runc.v2 --runc-binary "$(command -v "$1")") ;;
 	esac
 }
-# peer is the first of those that run here.
+# peer is CLIENTS_PEER, or the first of those that run here; none where that is none.
 peer() {
 	local p
-	for p in crun runc; do
+	for p in ${CLIENTS_PEER:-crun runc}; do
 		command -v $p >/dev/null || continue
 		r=$p
 		choose $p
