@@ -54,6 +54,7 @@ type Agent struct {
 	containers map[string]*container // guarded by mu
 	slots      map[streamKey]*slot   // of processes that exist or are being made; guarded by mu
 	pending    map[streamKey]*stream // streams whose process does not exist yet; guarded by mu
+	late       map[streamKey]bool    // streams on their way to a process that could not be made; guarded by mu
 }
 
 // New makes an agent without containers.
@@ -63,6 +64,7 @@ func New(version string, system System, engine Engine, log *log.Logger) *Agent {
 		containers: make(map[string]*container),
 		slots:      make(map[streamKey]*slot),
 		pending:    make(map[streamKey]*stream),
+		late:       make(map[streamKey]bool),
 	}
 }
 
@@ -128,6 +130,10 @@ func (a *Agent) attach(key streamKey, st *stream) error {
 	if s := a.slots[key]; s != nil {
 		return s.attach(st)
 	}
+	if a.late[key] {
+		delete(a.late, key)
+		return fmt.Errorf("%s of process %q of container %q, which could not be made", key.kind, key.exec, key.container)
+	}
 	if c := a.containers[key.container]; c != nil {
 		c.mu.Lock()
 		known := key.exec == "" || c.execs[key.exec] != nil
@@ -151,6 +157,7 @@ func (a *Agent) attach(key streamKey, st *stream) error {
 func (a *Agent) expect(p *process) {
 	for _, s := range p.slots {
 		a.slots[s.key] = s
+		delete(a.late, s.key)
 		if st := a.pending[s.key]; st != nil {
 			delete(a.pending, s.key)
 			if err := s.attach(st); err != nil {
@@ -182,10 +189,24 @@ func (a *Agent) forget(p *process) {
 	}
 }
 
-// dropSession forgets the streams of an ended session that wait.
+// abandon ends the streams of a process that could not be made. The host opens
+// them before it asks for the process, but each is read for itself and may come
+// after the failure; mu is held.
+func (a *Agent) abandon(p *process) {
+	a.forget(p)
+	a.refuse(p.container, p.exec)
+	for _, s := range p.slots {
+		if !s.met() && len(a.late) < maxPending {
+			a.late[s.key] = true
+		}
+	}
+}
+
+// dropSession forgets the streams of an ended session that wait, or would come.
 func (a *Agent) dropSession(s *session) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	clear(a.late)
 	for key, st := range a.pending {
 		if st.session == s {
 			delete(a.pending, key)
@@ -246,8 +267,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 	if err != nil {
 		a.mu.Lock()
 		delete(a.containers, c.id)
-		a.forget(p)
-		a.refuse(c.id, "")
+		a.abandon(p)
 		a.mu.Unlock()
 		p.discard()
 		return 0, err
@@ -401,8 +421,7 @@ func (a *Agent) exec(ctx context.Context, req *agentv1.ExecRequest) (uint32, err
 		c.mu.Lock()
 		delete(c.execs, req.ExecId)
 		c.mu.Unlock()
-		a.forget(p)
-		a.refuse(c.id, req.ExecId)
+		a.abandon(p)
 		a.mu.Unlock()
 		p.discard()
 		return 0, err

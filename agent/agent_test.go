@@ -547,6 +547,16 @@ func TestCreateFails(t *testing.T) {
 	if o := <-out; o != "" { // the stream was ended
 		t.Errorf("got %q", o)
 	}
+	_, err = f.CreateContainer(f.ctx, req)
+	wantCode(t, "create again", err, codes.InvalidArgument, "hostname is refused")
+	if o := <-collect(f.stdio("c", "", stdout)); o != "" { // one that came late was, too
+		t.Errorf("got %q", o)
+	}
+	f.agent.mu.Lock()
+	if len(f.agent.late) != 0 || len(f.agent.pending) != 0 {
+		t.Errorf("%d streams are awaited, %d wait", len(f.agent.late), len(f.agent.pending))
+	}
+	f.agent.mu.Unlock()
 	_, err = f.CreateContainer(f.ctx, &agentv1.CreateContainerRequest{ContainerId: "c"})
 	wantCode(t, "no process", err, codes.InvalidArgument, "process is missing")
 	if len(f.agent.containers) != 0 || len(f.agent.slots) != 0 {

@@ -76,6 +76,13 @@ func (s *slot) attach(st *stream) error {
 	return nil
 }
 
+// met tells whether the stream has come, or had.
+func (s *slot) met() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.taken
+}
+
 // detach makes place for another stream after a session was lost.
 func (s *slot) detach() {
 	s.mu.Lock()
