@@ -12,6 +12,7 @@ import (
 func TestEarlySignals(t *testing.T) {
 	ctx, s := catchSignals(t.Context())
 	defer s.end()
+	<-s.ready // earlier ones have no effect
 	for _, n := range []syscall.Signal{unix.SIGUSR2, unix.SIGWINCH, unix.SIGUSR2} {
 		if err := unix.Kill(unix.Getpid(), n); err != nil {
 			t.Fatal(err)
