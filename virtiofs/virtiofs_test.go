@@ -218,7 +218,8 @@ func TestDiesWithParent(t *testing.T) {
 		t.Skip("needs root: makes a pid namespace")
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.run=^TestDiesWithParent$")
-	cmd.Env = append(os.Environ(), childEnv+"="+program)
+	// A child that is killed clears nothing up.
+	cmd.Env = append(os.Environ(), childEnv+"="+program, "TMPDIR="+t.TempDir())
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
