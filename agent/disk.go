@@ -309,7 +309,7 @@ func awaitDisks(ctx context.Context, events int, ds []*agentv1.Disk) (map[string
 		found := make(map[string]string)
 		missing := ""
 		for _, d := range ds {
-			if name := names[d.GetSerial()]; name != "" {
+			if name := names[d.GetSerial()]; name != "" && canOpen("/dev/"+name) {
 				found[d.GetSerial()] = name
 			} else {
 				missing = d.GetSerial()
@@ -340,6 +340,17 @@ func awaitDisks(ctx context.Context, events int, ds []*agentv1.Disk) (map[string
 			}
 		}
 	}
+}
+
+// canOpen tells whether a block device is there for good: the kernel shows a disk
+// in sysfs, and makes its node, a little before it can be opened. The event of the
+// disk comes after that.
+func canOpen(node string) bool {
+	fd, err := unix.Open(node, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil {
+		_ = unix.Close(fd)
+	}
+	return !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENOENT)
 }
 
 // rescan lets the controllers in dir look for disks.

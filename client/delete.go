@@ -160,6 +160,13 @@ func (c *Client) finish(ctx context.Context, ct *Container) error {
 	if _, err := c.o.Store.Load(ct.ID); errors.Is(err, ErrNotFound) {
 		return nil
 	}
+	// A supervisor that was killed may not be gone altogether, and the taps are
+	// there until it is.
+	if !ct.Supervisor.Alive() {
+		if err := ct.Supervisor.Wait(ctx); err != nil {
+			return fmt.Errorf("wait for the end of the supervisor of %q: %w", ct.ID, err)
+		}
+	}
 	if err := end(ctx, ct.StandIn); err != nil {
 		return fmt.Errorf("end the stand-in of %q: %w", ct.ID, err)
 	}

@@ -326,13 +326,11 @@ func (g *Group) Dirs() []string {
 }
 
 // OOMKills counts how many processes of the cgroup the host's kernel has killed
-// for want of memory.
-func (g *Group) OOMKills() uint64 {
+// for want of memory, the cgroup's or the host's. known is false where nobody
+// counts them: the controller of memory is not to be had.
+func (g *Group) OOMKills() (n uint64, known bool) {
 	n, err := g.m.OOMKillCount()
-	if err != nil {
-		return 0
-	}
-	return n
+	return n, err == nil
 }
 
 // Remove removes the cgroup, once no process is in it.

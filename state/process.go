@@ -41,21 +41,27 @@ func RefOf(pid int) (ProcessRef, error) {
 	if pid <= 0 {
 		return ProcessRef{}, fmt.Errorf("process %d: %w", pid, ErrGone)
 	}
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			err = ErrGone
-		}
-		return ProcessRef{}, fmt.Errorf("process %d: %w", pid, err)
+	st, start, err := readStat(pid)
+	if err == nil && (st == 'Z' || st == 'X') {
+		err = ErrGone
 	}
-	st, start, err := parseStat(b)
 	if err != nil {
 		return ProcessRef{}, fmt.Errorf("process %d: %w", pid, err)
-	}
-	if st == 'Z' || st == 'X' {
-		return ProcessRef{}, fmt.Errorf("process %d: %w", pid, ErrGone)
 	}
 	return ProcessRef{Pid: pid, StartTime: start}, nil
+}
+
+// readStat returns the state and the start time of the process that has pid now,
+// or ErrGone.
+func readStat(pid int) (state byte, start uint64, err error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		err = ErrGone
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	return parseStat(b)
 }
 
 // parseStat finds the process state (field 3) and the start time (field 22) in
@@ -85,7 +91,9 @@ func (p ProcessRef) Alive() bool {
 
 // Open returns a pidfd of the process, or ErrGone. The descriptor is in
 // non-blocking mode, so that Go's poller waits on it and no thread does.
-func (p ProcessRef) Open() (*os.File, error) {
+func (p ProcessRef) Open() (*os.File, error) { return p.open(p.Alive) }
+
+func (p ProcessRef) open(is func() bool) (*os.File, error) {
 	if p.Pid <= 0 {
 		return nil, fmt.Errorf("process %d: %w", p.Pid, ErrGone)
 	}
@@ -98,7 +106,7 @@ func (p ProcessRef) Open() (*os.File, error) {
 	}
 	f := os.NewFile(uintptr(fd), "pidfd")
 	// Only now is it certain which process the descriptor is of.
-	if !p.Alive() {
+	if !is() {
 		_ = f.Close()
 		return nil, fmt.Errorf("process %d: %w", p.Pid, ErrGone)
 	}
@@ -106,9 +114,13 @@ func (p ProcessRef) Open() (*os.File, error) {
 }
 
 // Wait returns nil when the process has ended (it may still be a zombie), at
-// once if it has already, or ctx's error.
+// once if it has already, or ctx's error. A process whose first thread alone has
+// ended is a zombie too, and still has its files open: it is waited for.
 func (p ProcessRef) Wait(ctx context.Context) error {
-	f, err := p.Open()
+	f, err := p.open(func() bool {
+		_, start, err := readStat(p.Pid)
+		return err == nil && start == p.StartTime
+	})
 	if errors.Is(err, ErrGone) {
 		return nil
 	}

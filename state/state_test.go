@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -451,4 +453,56 @@ func TestConcurrentSaveAndLoad(t *testing.T) {
 	if len(es) != 1 {
 		t.Errorf("left beside the record: %v", es)
 	}
+}
+
+// threadEnv makes the test binary a process whose first thread has ended, until its
+// standard input does.
+const threadEnv = "RUNV_TEST_STATE_THREAD"
+
+func init() {
+	if os.Getenv(threadEnv) == "" {
+		return
+	}
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	// An init function is called on the first thread, which it keeps.
+	_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0)
+}
+
+// A process whose first thread has ended is a zombie for /proc, and not for who
+// waits for its files to be closed.
+func TestWaitForAllThreads(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), threadEnv+"=1")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ref, err := RefOf(cmd.Process.Pid)
+	for err == nil { // until the thread has ended
+		_, err = RefOf(ref.Pid)
+		runtime.Gosched()
+	}
+	if ref.Pid == 0 {
+		_, start, err := readStat(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ref = ProcessRef{Pid: cmd.Process.Pid, StartTime: start}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := ref.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("it was not waited for: %v", err)
+	}
+	stdin.Close()
+	if err := ref.Wait(t.Context()); err != nil {
+		t.Error(err)
+	}
+	_ = cmd.Wait()
 }

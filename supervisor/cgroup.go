@@ -27,7 +27,7 @@ type hostGroup interface {
 	Set(r *specs.LinuxResources, withSpeed, required bool, warn func(line string)) error
 	SetSpeed(r *specs.LinuxResources, required bool, warn func(line string)) error
 	Dirs() []string
-	OOMKills() uint64
+	OOMKills() (n uint64, known bool)
 	Remove() error
 }
 
@@ -144,9 +144,9 @@ func (g *cgroup) dirs() (dirs []string) {
 	return dirs
 }
 
-func (g *cgroup) oomKills() (n uint64) {
-	_ = g.use(func(h hostGroup) error { n = h.OOMKills(); return nil })
-	return n
+func (g *cgroup) oomKills() (n uint64, known bool) {
+	_ = g.use(func(h hostGroup) error { n, known = h.OOMKills(); return nil })
+	return n, known
 }
 
 // remove moves this process and those of pids that still live out of the cgroup
@@ -195,8 +195,13 @@ func (s *Supervisor) hostOOM(m *machine) string {
 	s.mu.Lock()
 	c := s.containers[s.o.SandboxID]
 	s.mu.Unlock()
-	if c != nil && c.cgroup.oomKills() > 0 {
-		return "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed the virtual machine"
+	if c != nil {
+		switch n, known := c.cgroup.oomKills(); {
+		case n > 0:
+			return "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed the virtual machine"
+		case known: // whom else it has killed is nothing to this pod
+			return ""
+		}
 	}
 	if hostOOMKills() > m.oomKills {
 		return "the host's kernel has killed processes for want of memory, and the virtual machine was killed"

@@ -85,9 +85,9 @@ func (g *fakeGroup) SetSpeed(*specs.LinuxResources, bool, func(string)) error {
 	g.did("speed")
 	return nil
 }
-func (g *fakeGroup) Dirs() []string   { return []string{"/nowhere"} }
-func (g *fakeGroup) OOMKills() uint64 { return 0 }
-func (g *fakeGroup) Remove() error    { g.did("remove"); return nil }
+func (g *fakeGroup) Dirs() []string           { return []string{"/nowhere"} }
+func (g *fakeGroup) OOMKills() (uint64, bool) { return 0, true }
+func (g *fakeGroup) Remove() error            { g.did("remove"); return nil }
 
 func TestCgroupThatCannotBe(t *testing.T) {
 	limit := int64(1 << 20)

@@ -211,7 +211,8 @@ func TestDevices(t *testing.T) {
 	}
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
-		if len(f) != 4 || f[0] == "major" {
+		// Other tests have loop devices, which nobody uses.
+		if len(f) != 4 || f[0] == "major" || strings.HasPrefix(f[3], "loop") {
 			continue
 		}
 		major, err := strconv.ParseInt(f[0], 10, 64)
