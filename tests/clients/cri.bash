@@ -27,7 +27,16 @@ END
 	printf 'runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: 90\n' "$sock" "$sock" >"$work/crictl.yaml"
 }
 
-k() { kept timeout 120 "$cache/crictl" -c "$work/crictl.yaml" "$@"; }
+# k is crictl. It can wait for ever for the end of a stream that its server has ended
+# (seen with 1.34 and containerd 2.4, whose side has nothing of it any more), also
+# when it is told to end; then once more.
+k() {
+	kept timeout -k 5 60 "$cache/crictl" -c "$work/crictl.yaml" "$@"
+	local code=$?
+	[ $code = 124 ] || [ $code = 137 ] || return $code
+	echo "crictl $1 does not end; again" >>"$work/trace"
+	kept timeout -k 5 90 "$cache/crictl" -c "$work/crictl.yaml" "$@"
+}
 stop_client() {
 	local p
 	for p in $(k pods -q); do k rmp -f "$p"; done
