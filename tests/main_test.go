@@ -23,6 +23,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,6 +39,10 @@ var host struct {
 	why            string // why end-to-end tests cannot run; empty if they can
 	slots          chan struct{}
 }
+
+// The first thread is nobody's but the main goroutine's: its namespaces are those
+// of /proc/PID/ns, and tests take threads into others.
+func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
