@@ -69,17 +69,6 @@ const maxCmdline = 2047
 // not by setfsuid), fork and execve, and setting its own scheduling.
 const scSandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
-// accelerator returns the accelerator with its options. QEMU's translator makes
-// code in which other processors may interfere, with a call for each atomic
-// operation, unless it is told that one thread runs them all. With one processor
-// that is all it takes: a boot is an eighth faster (QEMU's "-accel help", thread).
-func accelerator(a Accel, vcpus int) string {
-	if a == TCG && vcpus == 1 {
-		return string(a) + ",thread=single"
-	}
-	return string(a)
-}
-
 // Args returns QEMU's arguments, without the program's name, for a VM. It is a
 // pure function: the same input gives the same arguments. Nothing of c gets
 // into an option but through escape.
@@ -112,7 +101,7 @@ func Args(c hypervisor.Config, o ArgsOptions) ([]string, error) {
 	b.add("-no-user-config", "-nodefaults")
 	b.add("-display", "none")
 	b.add("-machine", m.options(o.Accel)+",memory-backend=ram,mem-merge=off,dump-guest-core=off,suppress-vmdesc=on")
-	b.add("-accel", accelerator(o.Accel, c.VCPUs))
+	b.add("-accel", string(o.Accel))
 	// One set of arguments serves a first boot and a clone: the sections of the
 	// saved state must not depend on how it was made.
 	b.add("-global", "migration.send-configuration=off")

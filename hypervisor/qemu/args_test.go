@@ -35,8 +35,6 @@ func TestArgs(t *testing.T) {
 		{User: true},
 		{MAC: net.HardwareAddr{0x52, 0x54, 0, 1, 2, 3}},
 	}
-	alone := base()
-	alone.VCPUs = 1
 	vsock := base()
 	vsock.Transport, vsock.CID, vsock.VsockPort = hypervisor.TransportVsock, 77, 1024
 	q35 := full
@@ -55,7 +53,6 @@ func TestArgs(t *testing.T) {
 		accel  Accel
 	}{
 		{"amd64-microvm-tcg", base(), "amd64", TCG},
-		{"amd64-microvm-tcg-alone", alone, "amd64", TCG},
 		{"amd64-microvm-kvm", base(), "amd64", KVM},
 		{"amd64-microvm-full", full, "amd64", TCG},
 		{"amd64-microvm-vsock", vsock, "amd64", KVM},
