@@ -121,6 +121,11 @@ exit 18`)
 		t.Fatal(err)
 	}
 	// The shell runs its trap when its read returns, which may be for a line.
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the terminal has shown %q", tail([]byte(w.seen()), 2000))
+		}
+	})
 	waitFor(t, "the program to see the new size", func() bool {
 		w.typeIn("x\r")
 		time.Sleep(200 * time.Millisecond)
