@@ -48,18 +48,26 @@ func readHeader(r io.Reader) (*agentv1.StreamHeader, error) {
 		if h.ContainerId != "" || h.ExecId != "" {
 			return nil, fmt.Errorf("%w: a resolver's stream names a process", errHeader)
 		}
-		if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
-			return nil, fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, h.Address)
+		if err := checkLoopback(h.Address); err != nil {
+			return nil, err
 		}
 	case agentv1.StreamHeader_KIND_FORWARD:
 		if h.ContainerId != "" || h.ExecId != "" {
 			return nil, fmt.Errorf("%w: a forwarded connection's stream names a process", errHeader)
 		}
-		if a, err := netip.ParseAddrPort(h.Address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
-			return nil, fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, h.Address)
+		if err := checkLoopback(h.Address); err != nil {
+			return nil, err
 		}
 	default:
 		return nil, fmt.Errorf("%w: kind is %d", errHeader, h.Kind)
 	}
 	return h, nil
+}
+
+// checkLoopback refuses what is no place on the pod's own loopback.
+func checkLoopback(address string) error {
+	if a, err := netip.ParseAddrPort(address); err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
+		return fmt.Errorf("%w: address is %q, want a loopback address and a port", errHeader, address)
+	}
+	return nil
 }
