@@ -25,8 +25,9 @@ LDFLAGS := -s -w -X $(PKG)/version.Version=$(VERSION) -X $(PKG)/version.Commit=$
 # The version comes from LDFLAGS; git may refuse a checkout that is somebody else's.
 export GOFLAGS := $(strip $(filter-out -buildvcs=%,$(GOFLAGS)) -buildvcs=false)
 # The agent's goroutines are short. Without KVM a signal costs more than it saves,
-# and code that runs for the first time is slow enough for many of them.
-AGENTFLAGS := -X runtime.godebugDefault=asyncpreemptoff=1
+# and code that runs for the first time is slow enough for many of them. A guest's
+# processors do not change, so the runtime need not look for a change.
+AGENTFLAGS := -X runtime.godebugDefault=asyncpreemptoff=1,updatemaxprocs=0,containermaxprocs=0
 GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 
 # What the tests that boot VMs use. A test that misses one of them skips itself

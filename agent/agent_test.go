@@ -135,6 +135,8 @@ func (f *fakeSystem) Processes(pids []int) ([]*agentv1.ProcessInfo, error) {
 // fakeEngine runs the processes of its containers on this machine.
 type fakeEngine struct{ panics bool }
 
+func (e *fakeEngine) Prepare() error { return nil }
+
 func (e *fakeEngine) New(req *agentv1.CreateContainerRequest) (Container, error) {
 	if e.panics {
 		panic("a bug")
@@ -987,5 +989,66 @@ func TestStates(t *testing.T) {
 	}
 	if legal != 16 {
 		t.Errorf("%d transitions", legal)
+	}
+}
+
+// TestLateConn: who uses a session waits for its connection, and one that does
+// not come ends it.
+func TestLateConn(t *testing.T) {
+	here, there := net.Pipe()
+	c := &lateConn{came: make(chan struct{})}
+	read := make(chan string, 1)
+	go func() {
+		b := make([]byte, 2)
+		_, err := io.ReadFull(c, b)
+		read <- fmt.Sprint(string(b), err)
+	}()
+	c.set(here)
+	if _, err := there.Write([]byte("ok")); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-read; got != "ok<nil>" {
+		t.Errorf("read %s", got)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := there.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the connection is open: %v", err)
+	}
+
+	c = &lateConn{came: make(chan struct{})}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.Read(make([]byte, 1))
+		ended <- err
+	}()
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("read: %v", err)
+	}
+	here, there = net.Pipe()
+	c.set(here) // too late
+	if _, err := there.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("a connection that came too late is open: %v", err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// refusing is a Listener without connections.
+type refusing struct{}
+
+func (refusing) Accept(context.Context) (io.ReadWriteCloser, error) { return nil, errFake }
+
+// TestServeWithoutHost: nothing of the session that was ready is left; the leak
+// check of the package would find it.
+func TestServeWithoutHost(t *testing.T) {
+	a := New("v", &fakeSystem{}, nothing{}, log.New(io.Discard, "", 0))
+	if err := a.Serve(t.Context(), refusing{}); !errors.Is(err, errFake) {
+		t.Errorf("got %v", err)
 	}
 }

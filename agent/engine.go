@@ -16,6 +16,9 @@ type Engine interface {
 	// New checks a request and returns the container that it describes.
 	// Nothing of the guest has changed then.
 	New(req *agentv1.CreateContainerRequest) (Container, error)
+	// Prepare does once what each container would do, where that can be. The
+	// guest has no containers yet, and may be saved afterwards.
+	Prepare() error
 }
 
 // Stdio is the child's ends of a process's standard streams; nil ones are

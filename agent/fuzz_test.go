@@ -53,6 +53,7 @@ func FuzzReadHeader(f *testing.F) {
 type nothing struct{}
 
 func (nothing) New(*agentv1.CreateContainerRequest) (Container, error) { return nil, errFake }
+func (nothing) Prepare() error                                         { return nil }
 
 // FuzzRequest sends arbitrary requests to an agent without containers: each is
 // answered, none ends the agent or leaves anything.

@@ -324,7 +324,14 @@ func TestAwaitHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	if err := awaitHost(context.Background(), f); err != nil { // it is its own other side
+	await := func(ctx context.Context, f *os.File) error {
+		w, err := newHostWait(ctx)
+		if err != nil {
+			return err
+		}
+		return errors.Join(w.await(ctx, f), w.close())
+	}
+	if err := await(context.Background(), f); err != nil { // it is its own other side
 		t.Error(err)
 	}
 	r, w, err := os.Pipe()
@@ -335,7 +342,7 @@ func TestAwaitHost(t *testing.T) {
 	_ = r.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- awaitHost(ctx, w) }()
+	go func() { done <- await(ctx, w) }()
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)

@@ -3,9 +3,11 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/ttrpc"
@@ -47,9 +49,15 @@ type streamKey struct {
 // session is one connection of the host.
 type session struct {
 	agent *Agent
+	conn  *lateConn
 	mux   *yamux.Session
+	// calls serves the first control stream; nil once that has come.
+	calls atomic.Pointer[callServer]
 	// forwards has one for each forwarded connection.
 	forwards chan struct{}
+	// ctx ends with the session; end ends both.
+	ctx context.Context
+	end func()
 
 	// wg has every goroutine of the session; serve waits for it.
 	wg sync.WaitGroup
@@ -65,23 +73,49 @@ type stream struct {
 // the host having meant it.
 func (s *stream) lost() bool { return s.session.mux.IsClosed() }
 
-// ServeConn serves one connection until it ends or ctx does, and closes it.
-// Processes and containers stay. Connections are served one at a time.
-func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
-	mux, err := yamux.Server(mux.WholeFrames(conn), muxConfig(a.log.Writer()))
+// newSession is a session whose connection is still to come. What needs none is
+// done here: a guest that is saved while it waits has it behind it, and so has
+// each of its clones.
+func (a *Agent) newSession(ctx context.Context) (*session, error) {
+	conn := &lateConn{came: make(chan struct{})}
+	m, err := yamux.Server(mux.WholeFrames(conn), muxConfig(a.log.Writer()))
 	if err != nil {
-		return errors.Join(err, conn.Close())
+		return nil, err
 	}
-	s := &session{agent: a, mux: mux, forwards: make(chan struct{}, agentv1.MaxForwards)}
+	s := &session{agent: a, conn: conn, mux: m, forwards: make(chan struct{}, agentv1.MaxForwards)}
+	calls, err := a.newCallServer()
+	if err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	s.calls.Store(calls)
 	ctx, cancel := context.WithCancel(ctx)
-	stop := context.AfterFunc(ctx, func() { _ = mux.Close() })
-	defer func() {
+	stop := context.AfterFunc(ctx, func() { _ = m.Close() })
+	s.ctx, s.end = ctx, func() {
 		cancel()
-		_ = mux.Close()
+		_ = m.Close()
 		s.wg.Wait()
 		stop()
 		a.dropSession(s)
-	}()
+	}
+	return s, nil
+}
+
+// ServeConn serves one connection until it ends or ctx does, and closes it.
+// Processes and containers stay. Connections are served one at a time.
+func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
+	s, err := a.newSession(ctx)
+	if err != nil {
+		return errors.Join(err, conn.Close())
+	}
+	return s.serve(conn)
+}
+
+// serve serves the connection that has come until it ends, or the session's
+// context does.
+func (s *session) serve(conn io.ReadWriteCloser) error {
+	a, ctx, mux := s.agent, s.ctx, s.mux
+	defer s.end()
+	s.conn.set(conn)
 	headers := make(chan struct{}, maxHeaders)
 	for {
 		conn, err := mux.Accept()
@@ -132,25 +166,91 @@ func (a *Agent) ServeConn(ctx context.Context, conn io.ReadWriteCloser) error {
 	}
 }
 
-// control serves ttrpc on one stream until it ends.
-func (s *session) control(ctx context.Context, conn net.Conn) {
-	svc := &service{agent: s.agent}
+// callServer serves the calls of one control stream.
+type callServer struct {
+	svc *service
+	srv *ttrpc.Server
+}
+
+func (a *Agent) newCallServer() (*callServer, error) {
+	svc := &service{agent: a}
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(svc.intercept))
 	if err != nil {
-		s.agent.log.Printf("control stream: %v", err)
-		_ = conn.Close()
-		return
+		return nil, fmt.Errorf("control stream: %w", err)
 	}
 	agentv1.RegisterAgentService(srv, svc)
+	return &callServer{svc, srv}, nil
+}
+
+// control serves ttrpc on one stream until it ends.
+func (s *session) control(ctx context.Context, conn net.Conn) {
+	calls := s.calls.Swap(nil)
+	if calls == nil {
+		var err error
+		if calls, err = s.agent.newCallServer(); err != nil {
+			s.agent.log.Print(err)
+			_ = conn.Close()
+			return
+		}
+	}
+	svc, srv := calls.svc, calls.srv
 	l := &oneConn{ended: make(chan struct{})}
 	l.conn = &closeNotifier{Conn: conn, closed: sync.OnceFunc(func() { close(l.ended) })}
-	err = srv.Serve(ctx, l)
-	if err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
+	if err := srv.Serve(ctx, l); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !errors.Is(err, io.EOF) && ctx.Err() == nil {
 		s.agent.log.Printf("control stream: %v", err)
 	}
 	_ = srv.Close()
 	_ = conn.Close()
 	svc.calls.Wait()
+}
+
+// lateConn is a connection that comes when others use it already: they wait for
+// it. Without one, Close is the end of it.
+type lateConn struct {
+	came chan struct{} // closed by set or Close
+
+	mu     sync.Mutex
+	closed bool
+	conn   io.ReadWriteCloser // guarded by mu until came is closed
+}
+
+// set is called once.
+func (c *lateConn) set(conn io.ReadWriteCloser) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		_ = conn.Close()
+		return
+	}
+	c.conn = conn
+	close(c.came)
+}
+
+func (c *lateConn) Read(p []byte) (int, error) {
+	if <-c.came; c.conn == nil {
+		return 0, io.ErrClosedPipe
+	}
+	return c.conn.Read(p)
+}
+
+func (c *lateConn) Write(p []byte) (int, error) {
+	if <-c.came; c.conn == nil {
+		return 0, io.ErrClosedPipe
+	}
+	return c.conn.Write(p)
+}
+
+func (c *lateConn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn != nil {
+		return c.conn.Close()
+	}
+	if !c.closed {
+		c.closed = true
+		close(c.came)
+	}
+	return nil
 }
 
 // oneConn is a listener that accepts one connection, and ends with it.

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,10 +61,38 @@ func (a *Agent) settle(ctx context.Context, shares []*agentv1.Share) (skipped st
 		a.log.Printf("settle: %v", err)
 		skipped = err.Error()
 	}
+	// Now, for the trial would take the cgroup.
+	if err := a.engine.Prepare(); err != nil {
+		a.log.Printf("settle: %v", err)
+		skipped = strings.TrimPrefix(skipped+"; "+err.Error(), "; ")
+	}
 	useMessages()
+	spareThreads()
 	// The garbage of the boot is collected here and not in every clone.
 	runtime.GC()
 	return skipped, nil
+}
+
+// spare is how many threads of the agent wait for something to do: enough for what
+// works at a time until a container runs.
+const spare = 8
+
+// spareThreads lets Go's runtime have threads that are idle. It makes one whenever
+// it needs one, and keeps it; to make one is much for a guest that has just been
+// cloned.
+func spareThreads() {
+	var wg sync.WaitGroup
+	var all sync.WaitGroup
+	all.Add(spare)
+	for range spare {
+		wg.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			all.Done()
+			all.Wait() // a thread of its own for each until all have one
+		})
+	}
+	wg.Wait()
 }
 
 // waitWith mounts shares, and allows containers that are no pod's.

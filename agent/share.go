@@ -23,7 +23,7 @@ func (g *Guest) MountShare(s *agentv1.Share) (func(), error) {
 	}
 	data := s.Options
 	if s.Type == "9p" {
-		data = joinOptions("trans=virtio,version=9p2000.L,msize=524288", s.Options)
+		data = joinOptions("trans=virtio,version=9p2000.L,msize=512000", s.Options)
 	}
 	// The kernel would ask for it too, by starting a program.
 	if err := g.modules.load("fs-" + s.Type); err != nil && !errors.Is(err, errNoModule) {

@@ -24,11 +24,16 @@ type Listener interface {
 // no more can come.
 func (a *Agent) Serve(ctx context.Context, l Listener) error {
 	for {
+		s, err := a.newSession(ctx)
+		if err != nil {
+			return err
+		}
 		conn, err := l.Accept(ctx)
 		if err != nil {
+			s.end()
 			return fmt.Errorf("wait for the host: %w", err)
 		}
-		if err := a.ServeConn(ctx, conn); err != nil {
+		if err := s.serve(conn); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -44,7 +49,7 @@ type Serial struct {
 }
 
 // Accept waits for the port to exist and for the host to have it open.
-func (s *Serial) Accept(ctx context.Context) (io.ReadWriteCloser, error) {
+func (s *Serial) Accept(ctx context.Context) (_ io.ReadWriteCloser, err error) {
 	name := s.Name
 	if name == "" {
 		name = agentv1.SerialPortName
@@ -53,15 +58,35 @@ func (s *Serial) Accept(ctx context.Context) (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Ready before the port is open: as soon as it is, a guest may be saved, and
+	// what it has not done by then is done by each of its clones.
+	w, err := newHostWait(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.close())
+		}
+	}()
 	f, err := os.OpenFile(dev, os.O_RDWR|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
-	if err := awaitHost(ctx, f); err != nil {
+	if err := w.await(ctx, f); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return f, nil
+	return &port{f, w}, nil
 }
+
+// port is an open port. What its host was waited for with is closed with it,
+// since the moment when the host has come is no time for that.
+type port struct {
+	*os.File
+	wait *hostWait
+}
+
+func (p *port) Close() error { return errors.Join(p.File.Close(), p.wait.close()) }
 
 // findPort returns the device of the port with a name. If there is none yet it
 // waits for the kernel's word of one: a port is announced when it is made, and
@@ -120,30 +145,63 @@ func lookPort(name string) string {
 	return ""
 }
 
-// awaitHost blocks until the host has its side of a virtio-serial port open.
+// hostWait waits until the host has its side of a virtio-serial port open.
 // poll(2) says POLLHUP as long as it has not and so cannot wait for that; an
 // edge-triggered epoll tells of each change.
-func awaitHost(ctx context.Context, f *os.File) error {
-	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("epoll: %w", err)
+type hostWait struct {
+	epoll int
+	// cancelled, if not -1, becomes readable when the context ends.
+	cancelled int
+	stop      func()
+}
+
+func newHostWait(ctx context.Context) (_ *hostWait, err error) {
+	w := &hostWait{epoll: -1, cancelled: -1, stop: func() {}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.close())
+		}
+	}()
+	if w.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("epoll: %w", err)
 	}
-	defer func() { _ = unix.Close(epoll) }()
-	cancelled, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return fmt.Errorf("eventfd: %w", err)
+	if ctx.Done() == nil {
+		return w, nil
+	}
+	if w.cancelled, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	e := unix.EpollEvent{Fd: int32(w.cancelled), Events: unix.EPOLLIN}
+	if err := unix.EpollCtl(w.epoll, unix.EPOLL_CTL_ADD, w.cancelled, &e); err != nil {
+		return nil, fmt.Errorf("epoll: %w", err)
 	}
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
-		_, _ = unix.Write(cancelled, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		_, _ = unix.Write(w.cancelled, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	})
-	defer func() {
+	w.stop = func() {
 		if !stop() {
 			<-stopped
 		}
-		_ = unix.Close(cancelled)
-	}()
+	}
+	return w, nil
+}
+
+func (w *hostWait) close() error {
+	w.stop()
+	var errs []error
+	for _, fd := range []int{w.epoll, w.cancelled} {
+		if fd >= 0 {
+			errs = append(errs, unix.Close(fd))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// await blocks until the host has the port f open or ctx, that of newHostWait,
+// has ended. It is called once.
+func (w *hostWait) await(ctx context.Context, f *os.File) error {
 	conn, err := f.SyscallConn()
 	if err != nil {
 		return err
@@ -152,28 +210,24 @@ func awaitHost(ctx context.Context, f *os.File) error {
 	if err := conn.Control(func(p uintptr) { fd = int32(p) }); err != nil {
 		return err
 	}
-	for _, e := range []unix.EpollEvent{
-		{Fd: fd, Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLET},
-		{Fd: int32(cancelled), Events: unix.EPOLLIN},
-	} {
-		if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, int(e.Fd), &e); err != nil {
-			return fmt.Errorf("epoll: %w", err)
-		}
+	// What is so now counts as a change.
+	e := unix.EpollEvent{Fd: fd, Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLET}
+	if err := unix.EpollCtl(w.epoll, unix.EPOLL_CTL_ADD, int(fd), &e); err != nil {
+		return fmt.Errorf("epoll: %w", err)
 	}
 	for {
-		p := []unix.PollFd{{Fd: fd, Events: unix.POLLIN | unix.POLLOUT}}
-		if _, err := unix.Poll(p, 0); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("poll %s: %w", f.Name(), err)
-		}
-		if p[0].Revents != 0 && p[0].Revents&(unix.POLLHUP|unix.POLLERR) == 0 {
-			return nil
-		}
 		var events [2]unix.EpollEvent
-		if _, err := unix.EpollWait(epoll, events[:], -1); err != nil && !errors.Is(err, unix.EINTR) {
+		n, err := unix.EpollWait(w.epoll, events[:], -1)
+		if err != nil && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("epoll: %w", err)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		for _, e := range events[:max(n, 0)] {
+			if e.Fd == fd && e.Events&(unix.EPOLLHUP|unix.EPOLLERR) == 0 {
+				return nil
+			}
 		}
 	}
 }

@@ -36,6 +36,8 @@ type Env struct {
 	Lookup func(id string) *Container
 	// Memory is what the containers of the guest have in common; nil: nothing.
 	Memory *Memory
+	// Kept is what containers can have from each other; nil: nothing.
+	Kept *Kept
 	// ResolvConf is the guest's resolv.conf, for CreateContainerRequest's
 	// guest_resolv_conf.
 	ResolvConf string

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -797,6 +798,38 @@ func TestDeviceRules(t *testing.T) {
 	})
 	if got != "rnull\nwnull\nra\nwa\nwb\nwc" {
 		t.Errorf("got %q", got)
+	}
+}
+
+// TestKept: the first container has the cgroup that was ready, and devices as
+// without it; the next one has its own.
+func TestKept(t *testing.T) {
+	g := newGuest(t)
+	g.env.Kept = NewKept()
+	defer g.env.Kept.closePrograms()
+	if err := g.env.Kept.Prepare(g.env.CgroupRoot); err != nil {
+		t.Skipf("needs BPF and cgroups: %v", err)
+	}
+	must(t, g.env.Kept.Prepare(g.env.CgroupRoot)) // a second time changes nothing
+	run := func(namespace bool) string {
+		return g.sh(t, `(exec 3</dev/null) 2>/dev/null && echo null; (exec 3>/dev/a) 2>/dev/null && echo a; true`, func(r *agentv1.CreateContainerRequest) {
+			if !namespace {
+				r.Namespaces = slices.DeleteFunc(r.Namespaces, func(n *agentv1.Namespace) bool { return n.GetType() == agentv1.Namespace_TYPE_CGROUP })
+			}
+			r.Devices = []*agentv1.Device{{Path: "/dev/a", Type: "c", Major: 1, Minor: 11, Mode: 0o666}}
+			r.Resources = &agentv1.Resources{Devices: []*agentv1.DeviceRule{{Type: "a", Major: -1, Minor: -1, Access: "rwm"}}}
+		})
+	}
+	for i, namespace := range []bool{false, true, true} {
+		if out := run(namespace); out != "null" {
+			t.Errorf("container %d: %q", i, out)
+		}
+		if ready := g.env.Kept.cgroup != nil; ready != (i == 0) {
+			t.Errorf("after container %d the cgroup is ready: %t", i, ready)
+		}
+	}
+	if n := len(g.env.Kept.programs); n != 3 {
+		t.Errorf("%d programs, want the prepared two and the root's", n)
 	}
 }
 

@@ -42,7 +42,7 @@ func (c *Container) Create(ctx context.Context, stdio Stdio) (_ *Process, err er
 
 	endCgroup := trace.Begin(ctx, "cgroup")
 	defer endCgroup()
-	cg, err := newCgroup(c.env.CgroupRoot, c.id)
+	cg, err := c.newCgroup()
 	if err != nil {
 		return nil, err
 	}
@@ -119,6 +119,17 @@ func (c *Container) Create(ctx context.Context, stdio Stdio) (_ *Process, err er
 	c.state = stateCreated
 	c.mu.Unlock()
 	return &Process{Pid: child.Pid, Child: child, Console: console}, nil
+}
+
+// newCgroup returns the container's cgroup. One that was ready has another name,
+// which nobody sees in a cgroup namespace.
+func (c *Container) newCgroup() (*cgroup, error) {
+	if planNamespaces(c.req).child&unix.CLONE_NEWCGROUP != 0 {
+		if cg := c.env.Kept.takeCgroup(); cg != nil {
+			return cg, nil
+		}
+	}
+	return newCgroup(c.env.CgroupRoot, c.id)
 }
 
 // userNamespace says whether the container is in a user namespace of its own or
@@ -201,7 +212,7 @@ func (c *Container) limit(cg *cgroup, ids idMaps, user bool) error {
 	if err := cg.set(files); err != nil {
 		return err
 	}
-	if err := cg.setDevices(res.GetDevices()); err != nil {
+	if err := cg.setDevices(res.GetDevices(), c.env.Kept); err != nil {
 		return err
 	}
 	if user && planNamespaces(c.req).child&unix.CLONE_NEWCGROUP != 0 {

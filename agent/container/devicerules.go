@@ -55,10 +55,97 @@ func (i bpfInsn) append(b []byte) []byte {
 	return binary.NativeEndian.AppendUint32(b, uint32(i.imm))
 }
 
+// deviceRule is a rule of the device controller, checked.
+type deviceRule struct {
+	allow        bool
+	kind         int32 // devBlock, devChar; 0: all, whatever the numbers
+	major, minor int64 // -1: all
+	access       int32 // accMknod and so on
+}
+
+func parseRule(r *agentv1.DeviceRule) (deviceRule, error) {
+	d := deviceRule{allow: r.GetAllow(), major: -1, minor: -1}
+	for _, c := range r.GetAccess() {
+		switch c {
+		case 'r':
+			d.access |= accRead
+		case 'w':
+			d.access |= accWrite
+		case 'm':
+			d.access |= accMknod
+		default:
+			return d, fmt.Errorf("access %q: want letters of rwm", r.GetAccess())
+		}
+	}
+	switch r.GetType() {
+	case "a":
+		return d, nil
+	case "b":
+		d.kind = devBlock
+	case "c":
+		d.kind = devChar
+	default:
+		return d, fmt.Errorf("type %q: want a, b or c", r.GetType())
+	}
+	for _, n := range []int64{r.GetMajor(), r.GetMinor()} {
+		if n < -1 || n > math.MaxInt32 {
+			return d, fmt.Errorf("number %d is no device number", n)
+		}
+	}
+	d.major, d.minor = r.GetMajor(), r.GetMinor()
+	return d, nil
+}
+
+// covers says whether r fits whatever q fits.
+func (r deviceRule) covers(q deviceRule) bool {
+	return (r.kind == 0 || r.kind == q.kind) && (r.major < 0 || r.major == q.major) && (r.minor < 0 || r.minor == q.minor) &&
+		q.access&^r.access == 0
+}
+
+// meets says whether there is something that both rules fit.
+func (r deviceRule) meets(q deviceRule) bool {
+	same := func(a, b int64) bool { return a < 0 || b < 0 || a == b }
+	return (r.kind == 0 || q.kind == 0 || r.kind == q.kind) && same(r.major, q.major) && same(r.minor, q.minor) && r.access&q.access != 0
+}
+
+// simplify leaves rules out that decide nothing: those that a later one covers,
+// and those that say what an earlier one says already. Engines list the default
+// devices, each in its own way, and the fewer rules there are, and the fewer
+// different programs, the better.
+func simplify(rules []deviceRule) []deviceRule {
+	var out []deviceRule
+	for i, r := range rules {
+		if !slices.ContainsFunc(rules[i+1:], func(later deviceRule) bool { return later.covers(r) }) && !repeats(out, r) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// repeats says whether all that r fits is decided as r has it without r.
+func repeats(before []deviceRule, r deviceRule) bool {
+	for _, q := range slices.Backward(before) {
+		if q.allow == r.allow && q.covers(r) {
+			return true
+		}
+		if q.allow != r.allow && q.meets(r) {
+			return false
+		}
+	}
+	return false
+}
+
 // deviceProgram translates rules to a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
 // Every kind of access is decided by the last rule that fits it; what no rule
 // fits is allowed, as in a cgroup without rules.
 func deviceProgram(rules []*agentv1.DeviceRule) ([]byte, error) {
+	parsed := make([]deviceRule, len(rules))
+	for i, r := range rules {
+		var err error
+		if parsed[i], err = parseRule(r); err != nil {
+			return nil, fmt.Errorf("resources.devices[%d]: %w", i, err)
+		}
+	}
 	// r2 type, r3 access that is not decided yet, r4 major, r5 minor
 	prog := []bpfInsn{
 		{code: bpfLoadWord, dst: 2, src: 1, off: devCtxAccess},
@@ -68,69 +155,47 @@ func deviceProgram(rules []*agentv1.DeviceRule) ([]byte, error) {
 		{code: bpfLoadWord, dst: 4, src: 1, off: devCtxMajor},
 		{code: bpfLoadWord, dst: 5, src: 1, off: devCtxMinor},
 	}
-	for i := len(rules) - 1; i >= 0; i-- {
-		block, err := ruleProgram(rules[i])
-		if err != nil {
-			return nil, fmt.Errorf("resources.devices[%d]: %w", i, err)
-		}
-		prog = append(prog, block...)
+	for _, r := range slices.Backward(simplify(parsed)) {
+		prog = append(prog, r.program()...)
 	}
-	prog = append(prog, bpfInsn{code: bpfMov32, imm: 1}, bpfInsn{code: bpfExit})
+	return assemble(append(prog, allowAll...)), nil
+}
+
+// allowAll ends programs, and is one.
+var allowAll = []bpfInsn{{code: bpfMov32, imm: 1}, {code: bpfExit}}
+
+func assemble(prog []bpfInsn) []byte {
 	var b []byte
 	for _, insn := range prog {
 		b = insn.append(b)
 	}
-	return b, nil
+	return b
 }
 
-// ruleProgram is one rule; jumps that leave it go to its end.
-func ruleProgram(r *agentv1.DeviceRule) ([]bpfInsn, error) {
-	var access int32
-	for _, c := range r.GetAccess() {
-		switch c {
-		case 'r':
-			access |= accRead
-		case 'w':
-			access |= accWrite
-		case 'm':
-			access |= accMknod
-		default:
-			return nil, fmt.Errorf("access %q: want letters of rwm", r.GetAccess())
-		}
-	}
+// program is one rule; jumps that leave it go to its end.
+func (r deviceRule) program() []bpfInsn {
 	var block []bpfInsn
 	var skips []int
 	skipUnless := func(reg uint8, value int64) {
 		skips = append(skips, len(block))
 		block = append(block, bpfInsn{code: bpfJne, dst: reg, imm: int32(value)})
 	}
-	switch r.GetType() {
-	case "a":
-	case "b":
-		skipUnless(2, devBlock)
-	case "c":
-		skipUnless(2, devChar)
-	default:
-		return nil, fmt.Errorf("type %q: want a, b or c", r.GetType())
+	if r.kind != 0 {
+		skipUnless(2, int64(r.kind))
 	}
-	if r.GetType() != "a" {
-		for i, n := range []int64{r.GetMajor(), r.GetMinor()} {
-			if n < -1 || n > math.MaxInt32 {
-				return nil, fmt.Errorf("number %d is no device number", n)
-			}
-			if n >= 0 {
-				skipUnless(uint8(4+i), n)
-			}
+	for i, n := range []int64{r.major, r.minor} {
+		if n >= 0 {
+			skipUnless(uint8(4+i), n)
 		}
 	}
-	if r.GetAllow() {
-		block = append(block, bpfInsn{code: bpfAnd32, dst: 3, imm: ^access})
+	if r.allow {
+		block = append(block, bpfInsn{code: bpfAnd32, dst: 3, imm: ^r.access})
 		skipUnless(3, 0)
 		block = append(block, bpfInsn{code: bpfMov32, imm: 1})
 	} else {
 		block = append(block,
 			bpfInsn{code: bpfMov32X, dst: 0, src: 3},
-			bpfInsn{code: bpfAnd32, dst: 0, imm: access})
+			bpfInsn{code: bpfAnd32, dst: 0, imm: r.access})
 		skips = append(skips, len(block))
 		block = append(block, bpfInsn{code: bpfJeq, dst: 0}, bpfInsn{code: bpfMov32})
 	}
@@ -138,7 +203,7 @@ func ruleProgram(r *agentv1.DeviceRule) ([]bpfInsn, error) {
 	for _, at := range skips {
 		block[at].off = int16(len(block) - at - 1)
 	}
-	return block, nil
+	return block
 }
 
 // alwaysAllowed follows the rules of every request, as runc has it: nodes may be
@@ -159,7 +224,7 @@ func alwaysAllowed() []*agentv1.DeviceRule {
 }
 
 // setDevices attaches a program with the rules. It lives as long as the cgroup.
-func (c *cgroup) setDevices(rules []*agentv1.DeviceRule) error {
+func (c *cgroup) setDevices(rules []*agentv1.DeviceRule, kept *Kept) error {
 	if len(rules) == 0 {
 		return nil
 	}
@@ -167,16 +232,8 @@ func (c *cgroup) setDevices(rules []*agentv1.DeviceRule) error {
 	if err != nil {
 		return err
 	}
-	fd, err := loadProgram(prog)
-	if err != nil {
-		return fmt.Errorf("resources.devices: load program: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	attr := struct{ target, prog, kind, flags uint32 }{
-		target: uint32(c.dir.Fd()), prog: uint32(fd), kind: unix.BPF_CGROUP_DEVICE, flags: unix.BPF_F_ALLOW_MULTI,
-	}
-	if _, err := bpf(unix.BPF_PROG_ATTACH, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err != nil {
-		return fmt.Errorf("resources.devices: attach program: %w", err)
+	if err := kept.attach(c.dir, prog); err != nil {
+		return fmt.Errorf("resources.devices: %w", err)
 	}
 	return nil
 }

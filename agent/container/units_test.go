@@ -2,9 +2,11 @@ package container
 
 import (
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -253,6 +255,72 @@ func TestResolve(t *testing.T) {
 	}
 	if _, err := r.mkdirAll("/loop/x"); !errors.Is(err, unix.ELOOP) {
 		t.Error(err)
+	}
+}
+
+// decides says what rules have for one kind of access to a device.
+func decides(rules []deviceRule, q deviceRule) bool {
+	for _, r := range slices.Backward(rules) {
+		if r.covers(q) {
+			return r.allow
+		}
+	}
+	return true
+}
+
+// TestSimplify: fewer rules decide everything as all of them did.
+func TestSimplify(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same each time
+	numbers := []int64{-1, 0, 1, 2}
+	shorter := false
+	for range 5000 {
+		var rules []deviceRule
+		for range random.IntN(8) {
+			r := deviceRule{allow: random.IntN(2) == 0, kind: random.Int32N(3), major: -1, minor: -1, access: random.Int32N(8)}
+			if r.kind != 0 {
+				r.major, r.minor = numbers[random.IntN(4)], numbers[random.IntN(4)]
+			}
+			rules = append(rules, r)
+		}
+		simple := simplify(rules)
+		shorter = shorter || len(simple) < len(rules)-2
+		for _, kind := range []int32{devBlock, devChar} {
+			for major := range int64(4) {
+				for minor := range int64(4) {
+					for _, access := range []int32{accRead, accWrite, accMknod} {
+						q := deviceRule{kind: kind, major: major, minor: minor, access: access}
+						if got, want := decides(simple, q), decides(rules, q); got != want {
+							t.Fatalf("%+v: %+v is allowed %t, want %t as by %+v", simple, q, got, want, rules)
+						}
+					}
+				}
+			}
+		}
+	}
+	if !shorter {
+		t.Error("nothing was left out")
+	}
+}
+
+// TestCommonRules: what engines ask for, each in its own words, is one of few
+// programs.
+func TestCommonRules(t *testing.T) {
+	deny := &agentv1.DeviceRule{Type: "a", Access: "rwm", Major: -1, Minor: -1}
+	char := func(allow bool, major, minor int64) *agentv1.DeviceRule {
+		return &agentv1.DeviceRule{Allow: allow, Type: "c", Major: major, Minor: minor, Access: "rwm"}
+	}
+	program := func(rules ...*agentv1.DeviceRule) string {
+		b, err := deviceProgram(append(rules, alwaysAllowed()...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	if program(deny) != program(deny, char(true, 1, 3), char(true, 1, 8), char(true, 5, 0), char(true, 5, 2), char(true, 136, -1)) {
+		t.Error("the default devices make another program")
+	}
+	if program(deny, char(true, 5, 1)) != program(deny, char(true, 1, 5), char(true, 1, 3), char(true, 1, 9), char(true, 1, 8), char(true, 5, 0), char(true, 5, 1), char(false, 10, 229)) {
+		t.Error("Docker's devices make another program")
 	}
 }
 

@@ -19,10 +19,18 @@ type engine struct {
 	mu     sync.Mutex
 	all    map[string]*container.Container // guarded by mu
 	memory *container.Memory
+	kept   *container.Kept
 }
 
 func newEngine() *engine {
-	return &engine{all: make(map[string]*container.Container), memory: container.NewMemory(agent.MemoryDir)}
+	return &engine{
+		all: make(map[string]*container.Container), memory: container.NewMemory(agent.MemoryDir), kept: container.NewKept(),
+	}
+}
+
+// Prepare implements agent.Engine.
+func (e *engine) Prepare() error {
+	return e.kept.Prepare(agent.CgroupRoot)
 }
 
 func (e *engine) lookup(id string) *container.Container {
@@ -38,6 +46,7 @@ func (e *engine) New(req *agentv1.CreateContainerRequest) (agent.Container, erro
 		CgroupRoot: agent.CgroupRoot,
 		Lookup:     e.lookup,
 		Memory:     e.memory,
+		Kept:       e.kept,
 		ResolvConf: agent.ResolvConf,
 	})
 	if err != nil {

@@ -105,8 +105,10 @@ func run() error {
 	if params.Debug {
 		logger.Printf("version %s waits for the host", version)
 	}
-	err = a.Serve(ctx, l)
-	return errors.Join(err, errors.New("the agent has stopped serving"))
+	// Not here: each of its waits would be a switch to the main thread and back.
+	served := make(chan error, 1)
+	go func() { served <- a.Serve(ctx, l) }()
+	return errors.Join(<-served, errors.New("the agent has stopped serving"))
 }
 
 // openFiles is the limit of open files of the guest's processes.
