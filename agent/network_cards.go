@@ -3,11 +3,13 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"log"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 
@@ -29,6 +31,8 @@ const (
 type cards struct {
 	bus     string // directory of sysfs
 	devices map[int]string
+	// early is done when those are hidden that the kernel has plugged by itself.
+	early sync.WaitGroup
 }
 
 // loadCardDriver loads the cards' driver without letting it take any card.
@@ -158,8 +162,28 @@ func cardNumber(address string) (int, bool) {
 	return int(mac[macLen-1]), true
 }
 
-// hide unplugs every card.
+// hideEarly begins to hide the cards of a kernel that has their driver built in,
+// which has plugged them all by now. Until an interface is gone its memory has to
+// be let go of by everybody, for which the kernel waits several ticks.
+func (c *cards) hideEarly(log *log.Logger) {
+	if _, err := os.Stat(filepath.Join(c.bus, "drivers", cardDriver)); err != nil {
+		return
+	}
+	c.early.Go(func() {
+		if err := c.unplugAll(); err != nil {
+			log.Printf("hide network cards: %v", err) // hide tries again
+		}
+	})
+}
+
+// hide unplugs every card. It comes before all else that is done with them.
 func (c *cards) hide() error {
+	c.early.Wait()
+	return c.unplugAll()
+}
+
+// unplugAll unplugs all cards at once: what takes time is the same wait for each.
+func (c *cards) unplugAll() error {
 	list, err := c.list()
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -167,12 +191,14 @@ func (c *cards) hide() error {
 	if err != nil {
 		return err
 	}
-	for _, d := range list {
-		if err := c.unplug(d); err != nil {
-			return err
-		}
+	list = slices.DeleteFunc(list, func(d string) bool { return c.plugged(d) == "" })
+	errs := make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, d := range list {
+		wg.Go(func() { errs[i] = c.unplug(d) })
 	}
-	return nil
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 // userCard plugs the card of the hypervisor's own network stack, which is the

@@ -34,6 +34,7 @@ type Guest struct {
 // its modules. It ends that early if ctx does.
 func NewGuest(ctx context.Context, log *log.Logger) *Guest {
 	g := &Guest{log: log, loaded: make(chan struct{}), cards: cards{bus: virtioBus, devices: make(map[int]string)}}
+	g.cards.hideEarly(log)
 	go func() {
 		defer close(g.loaded)
 		g.modules = readModules("/", log)
