@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -213,6 +215,84 @@ func TestStateAndList(t *testing.T) {
 	}
 	if out, err = command(t, "--root", root, "list", "-q"); err == nil || out != "half\nrun\n" {
 		t.Errorf("%q, %v", out, err)
+	}
+}
+
+// With a root directory that outlives the machine's boot, a record may name a process
+// of today by the pid and start time of one that is gone.
+func TestAfterBoot(t *testing.T) {
+	other := exec.Command("sleep", "1000")
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = other.Process.Kill()
+		_ = other.Wait()
+	}()
+	ref, err := state.RefOf(other.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	s := state.Open(root)
+	if err := s.Reserve("c"); err != nil {
+		t.Fatal(err)
+	}
+	hooked := filepath.Join(t.TempDir(), "hooked")
+	if err := s.Save(&state.Record{
+		ID: "c", SandboxID: "c", Bundle: t.TempDir(), OCIVersion: "1.3.0", Status: state.Running, StandIn: ref, Supervisor: ref, VM: ref,
+		PoststopHooks: []specs.Hook{{Path: "/bin/touch", Args: []string{"touch", hooked}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	runv := func(args ...string) string {
+		t.Helper()
+		out, err := command(t, append([]string{"--root", root}, args...)...)
+		if err != nil {
+			t.Errorf("%q: %v", args, err)
+		}
+		return out
+	}
+	status := func() (one, all string) {
+		t.Helper()
+		var st specs.State
+		var list []containerState
+		if err := errors.Join(json.Unmarshal([]byte(runv("state", "c")), &st), json.Unmarshal([]byte(runv("list", "--format", "json")), &list)); err != nil || len(list) != 1 {
+			t.Fatalf("%v, %v", list, err)
+		}
+		return fmt.Sprint(st.Status, " ", st.Pid), fmt.Sprint(list[0].Status, " ", list[0].Pid)
+	}
+	const line = "would remove container c: it is recorded as running, and its supervisor is gone\n"
+	running := fmt.Sprint("running ", ref.Pid)
+	if one, all := status(); one != running || all != running || strings.Contains(runv("manage", "gc"), line) {
+		t.Fatalf("before the boot: %s, %s", one, all)
+	}
+	record := filepath.Join(s.Dir("c"), state.RecordFile)
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, bytes.Replace(text, []byte(state.BootID()), []byte("another"), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if one, all := status(); one != "stopped 0" || all != "stopped 0" {
+		t.Errorf("after it: %s, %s", one, all)
+	}
+	if out := runv("manage", "gc"); !strings.Contains(out, line) {
+		t.Errorf("gc says %q", out)
+	}
+	if _, err := command(t, "--root", root, "kill", "c", "KILL"); err == nil || err.Error() != "container not running" {
+		t.Errorf("kill: %v", err)
+	}
+	runv("delete", "c")
+	if out := runv("list", "-q"); out != "" {
+		t.Errorf("left: %q", out)
+	}
+	if _, err := os.Stat(hooked); err != nil {
+		t.Errorf("the poststop hook: %v", err)
+	}
+	if !ref.Alive() {
+		t.Error("another's process was killed")
 	}
 }
 

@@ -163,6 +163,19 @@ func TestRecord(t *testing.T) {
 	if err != nil || len(files) != 1 {
 		t.Errorf("%v, %v", files, err)
 	}
+	// After a boot, the process with that pid is another.
+	text, err := os.ReadFile(filepath.Join(dir, recordFile))
+	if err != nil || !bytes.Contains(text, []byte(state.BootID())) {
+		t.Fatalf("%s, %v", text, err)
+	}
+	text = bytes.Replace(text, []byte(state.BootID()), []byte("another"), 1)
+	if err := os.WriteFile(filepath.Join(dir, recordFile), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want.Shim, want.BootID = state.ProcessRef{}, "another"
+	if got, err := readRecord(dir); err != nil || *got != want {
+		t.Errorf("%+v, %v", got, err)
+	}
 	if err := os.WriteFile(filepath.Join(dir, recordFile), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -24,13 +24,15 @@ type record struct {
 	// container and so ends with it.
 	Shim state.ProcessRef `json:"shim"`
 	Own  bool             `json:"own,omitempty"`
+	// BootID is state.BootID when the record was written.
+	BootID string `json:"bootId,omitempty"`
 	// Address of its socket, if it is its own.
 	Address string `json:"address,omitempty"`
 	// Root is the store; empty until the container is being made.
 	Root string `json:"root,omitempty"`
 }
 
-// readRecord returns nil if there is none.
+// readRecord returns nil if there is none. One of another boot names no process.
 func readRecord(bundle string) (*record, error) {
 	path := filepath.Join(bundle, recordFile)
 	b, err := os.ReadFile(path)
@@ -47,11 +49,15 @@ func readRecord(bundle string) (*record, error) {
 	if err := json.Unmarshal(b, r); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	if state.OtherBoot(r.BootID) {
+		r.Shim = state.ProcessRef{}
+	}
 	return r, nil
 }
 
 // write replaces the record of a bundle.
 func (r *record) write(bundle string) error {
+	r.BootID = state.BootID()
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", recordFile, err)

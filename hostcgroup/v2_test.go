@@ -72,6 +72,22 @@ func startChild(t *testing.T, mib int) (cmd *exec.Cmd, stdin io.Writer) {
 	return cmd, in
 }
 
+// hold makes a cgroup of a process; with the test's end that leaves it, and it is
+// removed.
+func hold(t *testing.T, g *Group, cmd *exec.Cmd) *Group {
+	t.Helper()
+	if err := g.Make(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		g.Leave(cmd.Process.Pid)
+		if err := g.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	return g
+}
+
 // onV2 runs f for each driver that this host of cgroup v2 has.
 func onV2(t *testing.T, f func(t *testing.T, h v2Host)) {
 	for _, driver := range []string{"cgroupfs", "systemd"} {
@@ -373,16 +389,7 @@ func TestV2Life(t *testing.T) {
 func TestV2BlockIO(t *testing.T) {
 	onV2(t, func(t *testing.T, h v2Host) {
 		cmd, _ := startChild(t, 0)
-		g := h.group("io")
-		if err := g.Make(cmd.Process.Pid); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			g.Leave(cmd.Process.Pid)
-			if err := g.Remove(); err != nil {
-				t.Error(err)
-			}
-		}()
+		g := hold(t, h.group("io"), cmd)
 		var warned []string
 		warn := func(l string) { warned = append(warned, l) }
 		if err := g.Set(&specs.LinuxResources{BlockIO: &specs.LinuxBlockIO{Weight: ptr(uint16(300))}}, true, false, warn); err != nil {
@@ -530,16 +537,7 @@ func TestV2Killed(t *testing.T) {
 func TestV2SameName(t *testing.T) {
 	onV2(t, func(t *testing.T, h v2Host) {
 		one, _ := startChild(t, 0)
-		g := h.group("same")
-		if err := g.Make(one.Process.Pid); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			g.Leave(one.Process.Pid)
-			if err := g.Remove(); err != nil {
-				t.Error(err)
-			}
-		}()
+		g := hold(t, h.group("same"), one)
 		two, _ := startChild(t, 0)
 		other := h.group("same")
 		err := other.Make(two.Process.Pid)
@@ -564,27 +562,9 @@ func TestV2WithoutControllers(t *testing.T) {
 			t.Skip("systemd sees to it that there are")
 		}
 		parent, _ := startChild(t, 0)
-		busy := h.group("busy")
-		if err := busy.Make(parent.Process.Pid); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			busy.Leave(parent.Process.Pid)
-			if err := busy.Remove(); err != nil {
-				t.Error(err)
-			}
-		}()
+		hold(t, h.group("busy"), parent)
 		cmd, _ := startChild(t, 0)
-		g := h.group("busy/below")
-		if err := g.Make(cmd.Process.Pid); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			g.Leave(cmd.Process.Pid)
-			if err := g.Remove(); err != nil {
-				t.Error(err)
-			}
-		}()
+		g := hold(t, h.group("busy/below"), cmd)
 		r := &specs.LinuxResources{
 			Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))}, CPU: &specs.LinuxCPU{Shares: ptr(uint64(100)), Cpus: "0"},
 			Pids: &specs.LinuxPids{Limit: ptr(int64(2048))}, HugepageLimits: []specs.LinuxHugepageLimit{{Pagesize: "2MB", Limit: 1 << 21}},

@@ -16,8 +16,8 @@ import (
 // another process by now.
 var ErrGone = errors.New("the process is gone")
 
-// ProcessRef names one process of this host for good: a pid alone may be
-// another process's tomorrow.
+// ProcessRef names one process of this host until it is booted again: a pid alone
+// may be another process's tomorrow. What keeps one on disk has a BootID beside it.
 type ProcessRef struct {
 	// Pid in the pid namespace of the reader; 0: no process.
 	Pid int `json:"pid"`

@@ -53,6 +53,8 @@ type Record struct {
 	// SandboxID is the container that the pod's VM lives and ends with; equal
 	// to ID for that one itself.
 	SandboxID string `json:"sandboxId"`
+	// BootID is BootID when the record was written; records did not always have it.
+	BootID string `json:"bootId,omitempty"`
 	// Bundle and Rootfs are absolute paths.
 	Bundle     string `json:"bundle"`
 	Rootfs     string `json:"rootfs"`
@@ -106,10 +108,17 @@ func (r *Record) Current() Status {
 	return r.Status
 }
 
-// Encode returns the record as JSON with its schema number.
+// forget is for a record of another boot: what it names of the kernel went with
+// that, and what has such a name today is somebody else's.
+func (r *Record) forget() {
+	r.StandIn, r.Supervisor, r.VM = ProcessRef{}, ProcessRef{}, ProcessRef{}
+	r.NetworkNamespace, r.Cgroups = "", nil
+}
+
+// Encode returns the record as JSON with its schema number and the boot id.
 func (r *Record) Encode() ([]byte, error) {
 	c := *r
-	c.Schema = Schema
+	c.Schema, c.BootID = Schema, BootID()
 	if err := c.validate(); err != nil {
 		return nil, err
 	}
@@ -124,7 +133,8 @@ func (r *Record) Encode() ([]byte, error) {
 }
 
 // Decode parses what Encode wrote. A record of another schema gives ErrSchema;
-// one that is damaged gives an error that says where.
+// one that is damaged gives an error that says where. One of another boot has no
+// processes, no network namespace and no cgroups.
 func Decode(b []byte) (*Record, error) {
 	var v struct {
 		Schema *int `json:"schema"`
@@ -149,6 +159,9 @@ func Decode(b []byte) (*Record, error) {
 	}
 	if err := r.validate(); err != nil {
 		return nil, fmt.Errorf("decode state: %w", err)
+	}
+	if OtherBoot(r.BootID) {
+		r.forget()
 	}
 	return r, nil
 }

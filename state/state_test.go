@@ -98,7 +98,7 @@ func fill(t *testing.T, v reflect.Value, path string) {
 func TestEveryFieldSurvives(t *testing.T) {
 	var r Record
 	fill(t, reflect.ValueOf(&r).Elem(), "r")
-	r.Schema, r.ID, r.SandboxID, r.Status = Schema, "c1", "pod1", Paused
+	r.Schema, r.ID, r.SandboxID, r.Status, r.BootID = Schema, "c1", "pod1", Paused, BootID()
 
 	s := Open(filepath.Join(t.TempDir(), "root"))
 	if err := s.Reserve("c1"); err != nil {
@@ -113,6 +113,52 @@ func TestEveryFieldSurvives(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, &r) {
 		t.Errorf("loaded %+v\nsaved  %+v", got, &r)
+	}
+}
+
+// A record of another boot names nothing that there is; one that does not tell is of
+// this boot.
+func TestBootID(t *testing.T) {
+	if len(BootID()) != 36 {
+		t.Fatalf("the boot id is %q", BootID())
+	}
+	written := testRecord("x")
+	written.StandIn, written.Supervisor, written.VM = Self(), Self(), Self()
+	written.NetworkNamespace, written.Cgroups = "/run/netns/x", []string{"/sys/fs/cgroup/x"}
+	b, err := written.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const field = `  "bootId": "`
+	line := []byte(field + BootID() + "\",\n")
+	if !bytes.Contains(b, line) {
+		t.Fatalf("no boot id is written: %s", b)
+	}
+	for name, tc := range map[string]struct {
+		line string
+		gone bool
+	}{
+		"this boot":       {line: string(line)},
+		"an older record": {},
+		"another boot":    {line: field + "00000000-0000-4000-8000-000000000000\",\n", gone: true},
+	} {
+		r, err := Decode(bytes.Replace(b, line, []byte(tc.line), 1))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		want := Created
+		if tc.gone {
+			want = Stopped
+		}
+		if got := r.Current(); got != want || r.Status != Created {
+			t.Errorf("%s: it is %s and was %s, want %s and %s", name, got, r.Status, want, Created)
+		}
+		none := r.StandIn == ProcessRef{} && r.Supervisor == ProcessRef{} && r.VM == ProcessRef{} && r.NetworkNamespace == "" && r.Cgroups == nil
+		all := r.StandIn == Self() && r.Supervisor == Self() && r.VM == Self() && r.NetworkNamespace != "" && len(r.Cgroups) == 1
+		if none != tc.gone || all == tc.gone {
+			t.Errorf("%s: it names %+v", name, r)
+		}
 	}
 }
 

@@ -181,30 +181,40 @@ func hostOOMKills() uint64 {
 // sigkill is the signal with which a kernel without memory ends a process.
 const sigkill = 9
 
-// hostOOM says why the host's kernel has killed the VM for want of memory, empty
-// if nothing says that it has. kills were counted when the VM was started.
-func (s *Supervisor) hostOOM(m *machine) string {
+// hostOOM says why the host's kernel has killed the VM, or the file server whose
+// end was the VM's, for want of memory; empty if nothing says that it has.
+func (m *machine) hostOOM() string {
 	select {
 	case <-m.vm.Done():
 	default:
 		return ""
 	}
-	if x := m.vm.Exit(); x.Killed || x.Signal != sigkill {
+	victim := "the virtual machine"
+	if m.filesEnded() != "" {
+		// By whatever it ended: what has the memory may be a child of the process
+		// that is seen here, which then exits with a code.
+		victim = "the file server"
+	} else if x := m.vm.Exit(); x.Killed || x.Signal != sigkill {
 		return ""
 	}
-	s.mu.Lock()
-	c := s.containers[s.o.SandboxID]
-	s.mu.Unlock()
-	if c != nil {
-		switch n, known := c.cgroup.oomKills(); {
-		case n > 0:
-			return "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed the virtual machine"
-		case known: // whom else it has killed is nothing to this pod
-			return ""
-		}
-	}
-	if hostOOMKills() > m.oomKills {
-		return "the host's kernel has killed processes for want of memory, and the virtual machine was killed"
+	m.mu.Lock()
+	g, before := m.cgroup, m.oomKills
+	m.mu.Unlock()
+	return wantOfMemory(g, before, hostOOMKills(), victim)
+}
+
+// wantOfMemory says why the host's kernel killed victim, a process of the pod
+// with the cgroup g, for want of memory; empty if nothing says that it did.
+// before and now count all processes that the host has killed so, until the VM
+// was started and until now.
+func wantOfMemory(g *cgroup, before, now uint64, victim string) string {
+	switch n, known := g.oomKills(); {
+	case n > 0:
+		return "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed " + victim
+	case known: // whom else it has killed is nothing to this pod
+		return ""
+	case now > before:
+		return "the host's kernel has killed processes for want of memory, and " + victim + " was killed"
 	}
 	return ""
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"strings"
@@ -47,16 +48,20 @@ type machine struct {
 	taps      *network.Taps
 	network   *podNetwork
 	unplugged sync.Once
-	// oomKills is what the host had counted when the VM was started.
-	oomKills uint64
 	// files serves the pod's share with virtiofs; nil: the hypervisor serves it.
 	files    fileServer
 	guarding sync.WaitGroup // guard's goroutine
 
-	mu       sync.Mutex
-	filesEnd string // guarded by mu; how files ended, if that ended the VM
 	// warning is what the factory says of a VM that is not what was wished for.
 	warning string
+
+	mu       sync.Mutex
+	filesEnd string // guarded by mu; how files ended, if that ended the VM
+	// cgroup is the pod's, nil as long as the VM is no pod's; guarded by mu.
+	cgroup *cgroup
+	// oomKills is what the host had counted when the VM was started, or became a
+	// pod's; guarded by mu.
+	oomKills uint64
 }
 
 // warner is a factory that may give another VM than the one that was wished for.
@@ -77,6 +82,7 @@ type launchOptions struct {
 	vm      *supervisorv1.VM
 	factory FactoryFunc
 	version string
+	cgroup  *cgroup // the pod's; nil: it has none, or there is no pod yet
 	// started, if not nil, is called as soon as the hypervisor runs.
 	started func(m *machine) error
 }
@@ -96,7 +102,7 @@ func launch(ctx context.Context, cfg hypervisor.Config, o launchOptions) (_ *mac
 		return nil, err
 	}
 	defer f.Close()
-	m := &machine{driver: driver, oomKills: hostOOMKills(), warning: warning}
+	m := &machine{driver: driver, cgroup: o.cgroup, oomKills: hostOOMKills(), warning: warning}
 	end = trace.Begin(ctx, "taps")
 	m.taps, err = plug(vm, &cfg)
 	end()
@@ -169,6 +175,9 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		switch {
 		case err == nil:
 			m = b.machine
+			m.mu.Lock()
+			m.cgroup = c.cgroup
+			m.mu.Unlock()
 		case ctx.Err() != nil:
 			return nil, err
 		default:
@@ -186,7 +195,7 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		if vm.Template == "" || vm.Share == shareVirtiofs {
 			c.cgroup.await(ctx)
 		}
-		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, started: func(m *machine) error {
+		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, cgroup: c.cgroup, started: func(m *machine) error {
 			s.timed(&s.times.vm)
 			// Written at once: whoever cleans up after a supervisor that was
 			// killed waits for the hypervisor's end.
@@ -304,10 +313,19 @@ func randomMAC() net.HardwareAddr {
 
 // Explain says what befell a VM, if err is a consequence of that, and adds the
 // end of what its console printed.
-func Explain(vm hypervisor.VM, err error) error { return (&machine{vm: vm}).explain(err) }
+func Explain(vm hypervisor.VM, err error) error {
+	return (&machine{vm: vm, oomKills: math.MaxUint64}).explain(err) // nobody has counted
+}
 
 // explain says what befell the VM, if err is a consequence of that.
 func (m *machine) explain(err error) error {
+	_, err = m.befell(err)
+	return err
+}
+
+// befell is explain that tells, too, whether the host's kernel killed for want of
+// memory.
+func (m *machine) befell(err error) (oom bool, _ error) {
 	switch {
 	case errors.Is(err, guest.ErrDead) && !errors.Is(err, guest.ErrProtocol), errors.Is(err, hypervisor.ErrEnded):
 		// The connection breaks a little before the process can be reaped.
@@ -315,19 +333,24 @@ func (m *machine) explain(err error) error {
 		defer t.Stop()
 		select {
 		case <-m.vm.Done():
-			if why := m.filesEnded(); why != "" {
-				return status.Error(codes.Unavailable, why)
+			what := m.filesEnded()
+			if what == "" {
+				what = m.quote("the virtual machine " + guest.Text(m.vm.Exit().String()))
 			}
-			return status.Error(codes.Unavailable, m.quote("the virtual machine "+guest.Text(m.vm.Exit().String())))
+			why := m.hostOOM()
+			if why != "" {
+				what = why + "; " + what
+			}
+			return why != "", status.Error(codes.Unavailable, what)
 		case <-t.C:
 		}
-		return status.Error(codes.Unavailable, m.quote(err.Error()))
+		return false, status.Error(codes.Unavailable, m.quote(err.Error()))
 	case errors.Is(err, guest.ErrProtocol), errors.Is(err, guest.ErrVersion):
-		return status.Error(codes.Unavailable, err.Error())
+		return false, status.Error(codes.Unavailable, err.Error())
 	case status.Code(cause(err)) == codes.DeadlineExceeded:
-		return status.Error(codes.DeadlineExceeded, m.quote(status.Convert(cause(err)).Message()))
+		return false, status.Error(codes.DeadlineExceeded, m.quote(status.Convert(cause(err)).Message()))
 	}
-	return err
+	return false, err
 }
 
 // cause finds the status in an error's chain, or returns err.
@@ -387,9 +410,6 @@ func (s *Supervisor) watch(m *machine) {
 	case <-s.ending:
 		return
 	}
-	e := &ending{reason: status.Convert(cause(m.explain(err))).Message()}
-	if why := s.hostOOM(m); why != "" {
-		e.reason, e.oom = why+"; "+e.reason, true
-	}
-	s.end(e)
+	oom, err := m.befell(err)
+	s.end(&ending{reason: status.Convert(cause(err)).Message(), oom: oom})
 }

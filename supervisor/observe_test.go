@@ -69,6 +69,9 @@ type fakeGroup struct {
 	mu    sync.Mutex
 	calls []string
 	make  error
+	// oomKills are counted, unless uncounted.
+	oomKills  uint64
+	uncounted bool
 }
 
 func (g *fakeGroup) did(s string) { g.mu.Lock(); g.calls = append(g.calls, s); g.mu.Unlock() }
@@ -86,8 +89,34 @@ func (g *fakeGroup) SetSpeed(*specs.LinuxResources, bool, func(string)) error {
 	return nil
 }
 func (g *fakeGroup) Dirs() []string           { return []string{"/nowhere"} }
-func (g *fakeGroup) OOMKills() (uint64, bool) { return 0, true }
+func (g *fakeGroup) OOMKills() (uint64, bool) { return g.oomKills, !g.uncounted }
 func (g *fakeGroup) Remove() error            { g.did("remove"); return nil }
+
+// The pod's cgroup says whether a process of the pod was killed for want of memory.
+// The host's count includes everybody's, and is asked only where no cgroup counts.
+func TestWantOfMemory(t *testing.T) {
+	const (
+		limit = "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed it"
+		host  = "the host's kernel has killed processes for want of memory, and it was killed"
+	)
+	group := func(g *fakeGroup) *cgroup { return &cgroup{group: g} }
+	for name, tc := range map[string]struct {
+		cgroup      *cgroup
+		before, now uint64
+		want        string
+	}{
+		"the cgroup has one":                 {cgroup: group(&fakeGroup{oomKills: 1}), want: limit},
+		"the cgroup has none, the host does": {cgroup: group(&fakeGroup{}), now: 1},
+		"the cgroup does not count":          {cgroup: group(&fakeGroup{uncounted: true}), before: 3, now: 4, want: host},
+		"nobody was killed":                  {cgroup: group(&fakeGroup{uncounted: true}), before: 3, now: 3},
+		"the cgroup could not be made":       {cgroup: &cgroup{}, now: 1, want: host},
+		"no cgroup":                          {now: 1, want: host},
+	} {
+		if got := wantOfMemory(tc.cgroup, tc.before, tc.now, "it"); got != tc.want {
+			t.Errorf("%s: %q, want %q", name, got, tc.want)
+		}
+	}
+}
 
 func TestCgroupThatCannotBe(t *testing.T) {
 	limit := int64(1 << 20)

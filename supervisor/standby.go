@@ -194,7 +194,9 @@ func (s *Supervisor) adopt(b *Standby) error {
 	if s.o.Adopted != nil {
 		s.o.Adopted()
 	}
+	b.machine.mu.Lock()
 	b.machine.oomKills = hostOOMKills()
+	b.machine.mu.Unlock()
 	b.awake = make(chan error, 1)
 	go func() { // ends with the machine at the latest
 		defer close(b.awake)

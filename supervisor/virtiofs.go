@@ -134,12 +134,8 @@ func (m *machine) guard() {
 			case <-t.C:
 			}
 		}
-		text = "the file server of the pod's share (virtiofsd) " + text
-		if hostOOMKills() > m.oomKills {
-			text = "the host's kernel has killed processes for want of memory; " + text
-		}
 		m.mu.Lock()
-		m.filesEnd = text
+		m.filesEnd = "the file server of the pod's share (virtiofsd) " + text
 		m.mu.Unlock()
 		m.vm.Kill()
 	})

@@ -154,47 +154,72 @@ func (s *stubServer) Release()              {}
 func (s *stubServer) Close()                { s.closed = true; s.end() }
 func (s *stubServer) end()                  { s.once.Do(func() { close(s.done) }) }
 
+// startVM starts a VM of no hypervisor.
+func startVM(t *testing.T) (hypervisor.VM, *hvtest.VM) {
+	t.Helper()
+	dir := t.TempDir()
+	for _, f := range []string{"kernel", "initrd"} {
+		if err := os.WriteFile(filepath.Join(dir, f), []byte("070701"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := &hvtest.Driver{}
+	cfg := hypervisor.Config{Name: "pod", VCPUs: 1, MemoryMiB: 64, Kernel: filepath.Join(dir, "kernel"), Initrd: filepath.Join(dir, "initrd"), SerialPort: "p"}
+	vm, err := factory.Direct(d).GetVM(context.Background(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return vm, d.VMs()[0]
+}
+
 // The end of a file server is the VM's, with the reason that was first: what
-// follows from the VM's own end is no reason.
+// follows from the VM's own end is no reason. Either may be a want of memory.
 func TestGuard(t *testing.T) {
+	const server = "the file server of the pod's share (virtiofsd) was shot"
+	const limit = "the limit of memory of the pod's cgroup on the host was reached, and the host's kernel killed "
 	for name, tc := range map[string]struct {
 		orderly bool
-		vmFirst bool
+		vm      *hypervisor.Exit // it ends so, and before the server
+		kills   uint64           // for want of memory, in the pod's cgroup
+		oom     bool
 		want    string
 	}{
-		"the server crashes":             {want: "the file server of the pod's share (virtiofsd) was shot"},
-		"the server leaves":              {orderly: true, want: "the file server of the pod's share (virtiofsd) was shot"},
-		"the VM ends, the server leaves": {orderly: true, vmFirst: true, want: "the virtual machine exited with code 1: out of luck"},
+		"the server crashes":               {want: server},
+		"the server leaves":                {orderly: true, want: server},
+		"the VM ends, the server leaves":   {orderly: true, vm: &hypervisor.Exit{Code: 1, Stderr: "out of luck"}, kills: 1, want: "the virtual machine exited with code 1: out of luck"},
+		"the server has no memory":         {kills: 1, oom: true, want: limit + "the file server; " + server},
+		"the VM is killed":                 {orderly: true, vm: &hypervisor.Exit{Signal: 9}, want: "the virtual machine was killed by signal 9"},
+		"the VM has no memory":             {orderly: true, vm: &hypervisor.Exit{Signal: 9}, kills: 1, oom: true, want: limit + "the virtual machine; the virtual machine was killed by signal 9"},
+		"the VM crashes, others no memory": {orderly: true, vm: &hypervisor.Exit{Signal: 11}, kills: 1, want: "the virtual machine was killed by signal 11"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			for _, f := range []string{"kernel", "initrd"} {
-				if err := os.WriteFile(filepath.Join(dir, f), []byte("070701"), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			}
-			d := &hvtest.Driver{}
-			cfg := hypervisor.Config{Name: "pod", VCPUs: 1, MemoryMiB: 64, Kernel: filepath.Join(dir, "kernel"), Initrd: filepath.Join(dir, "initrd"), SerialPort: "p"}
-			vm, err := factory.Direct(d).GetVM(context.Background(), cfg)
-			if err != nil {
-				t.Fatal(err)
-			}
+			vm, fake := startVM(t)
 			files := &stubServer{done: make(chan struct{}), text: "was shot", orderly: tc.orderly}
-			m := &machine{vm: vm, files: files, oomKills: ^uint64(0)}
+			// Whatever else the host has killed is nothing to this pod.
+			m := &machine{vm: vm, files: files, cgroup: &cgroup{group: &fakeGroup{oomKills: tc.kills}}}
 			m.guard()
-			if tc.vmFirst {
-				d.VMs()[0].Crash(hypervisor.Exit{Code: 1, Stderr: "out of luck"})
+			if tc.vm != nil {
+				fake.Crash(*tc.vm)
 			}
 			files.end()
 			<-vm.Done()
-			err = m.explain(hypervisor.ErrEnded)
-			if status.Code(err) != codes.Unavailable || !strings.HasPrefix(status.Convert(err).Message(), tc.want) {
-				t.Errorf("it is explained as %v, want %q", err, tc.want)
+			oom, err := m.befell(hypervisor.ErrEnded)
+			if status.Code(err) != codes.Unavailable || !strings.HasPrefix(status.Convert(err).Message(), tc.want) || oom != tc.oom {
+				t.Errorf("it is explained as %v, for want of memory: %t; want %q, %t", err, oom, tc.want, tc.oom)
 			}
 			m.close()
 			if !files.closed {
 				t.Error("the server was not closed")
 			}
 		})
+	}
+}
+
+// Who only asks what became of a VM has not counted what the host killed before.
+func TestExplainWithoutCount(t *testing.T) {
+	vm, fake := startVM(t)
+	fake.Crash(hypervisor.Exit{Signal: 9})
+	if err := Explain(vm, hypervisor.ErrEnded); !strings.HasPrefix(status.Convert(err).Message(), "the virtual machine was killed by signal 9") {
+		t.Errorf("it is explained as %v", err)
 	}
 }

@@ -248,7 +248,7 @@ func do(o options) error {
 	}
 	for _, p := range b.result.Parts {
 		n += len(p.Failures)
-		if len(p.present()) == 0 {
+		if len(present(p.Columns)) == 0 {
 			err = errors.Join(err, fmt.Errorf("%s: nothing is available", p.Name))
 		}
 	}

@@ -95,20 +95,9 @@ func (p *part) leaveOut(format string, args ...any) {
 	p.LeftOut = append(p.LeftOut, fmt.Sprintf(format, args...))
 }
 
-// present are the columns that took part.
-func (p *part) present() []string {
-	var names []string
-	for _, c := range p.Columns {
-		if c.Why == "" {
-			names = append(names, c.Name)
-		}
-	}
-	return names
-}
-
 // tables are the part as a person reads it.
 func (p *part) tables() []table {
-	names := p.present()
+	names := present(p.Columns)
 	ts := []table{whoTable(p.Columns)}
 	if len(names) == 0 {
 		return ts

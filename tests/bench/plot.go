@@ -17,7 +17,7 @@ func (r *result) plot() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">`+"\n", width, height)
 	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#ffffff"/>`+"\n", width, height)
-	names := r.present()
+	names := present(r.Runtimes)
 	x := 20
 	for i, name := range names {
 		fmt.Fprintf(&b, `<rect x="%d" y="12" width="12" height="12" fill="%s"/><text x="%d" y="22">%s</text>`+"\n", x, colour(i), x+17, html.EscapeString(name))
@@ -115,7 +115,7 @@ func (p panel) vertical(b *strings.Builder, s scale) {
 
 // bars draws one group for each operation, with a bar for each runtime.
 func (r *result) bars(b *strings.Builder, p panel) {
-	names := r.present()
+	names := present(r.Runtimes)
 	var values []float64
 	for _, s := range r.Times {
 		values = append(values, s.Summary.P25, s.Summary.P75)

@@ -166,10 +166,10 @@ func (g *growth) further() (bytes float64, ok bool) {
 	return float64(last.PSS-one.PSS) / float64(last.Containers-1), true
 }
 
-// present are the runtimes that took part.
-func (r *result) present() []string {
+// present are the names of those that took part.
+func present(all []contenderInfo) []string {
 	var names []string
-	for _, c := range r.Runtimes {
+	for _, c := range all {
 		if c.Why == "" {
 			names = append(names, c.Name)
 		}
@@ -210,7 +210,7 @@ const (
 
 // tables are the result as a person reads it.
 func (r *result) tables() []table {
-	names := r.present()
+	names := present(r.Runtimes)
 	head := func(first ...string) []string { return append(first, names...) }
 	var ts []table
 
