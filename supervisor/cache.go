@@ -5,32 +5,28 @@ import (
 )
 
 // chooseCaching lets the guest read anew what it may keep of a container's files,
-// if it must: with virtiofs, where nothing is kept; and if there has been a
-// container of this name in the pod, whose files the guest remembers by the same
-// paths.
+// if it must: with virtiofs, where nothing is kept; and the root file system if
+// there has been a container of this name in the pod, whose root the guest
+// remembers by the same path. A volume that it may keep has a path of its own.
 func (s *Supervisor) chooseCaching(m *machine, req *agentv1.CreateContainerRequest) {
-	s.mu.Lock()
-	again := s.cached[req.ContainerId]
-	s.mu.Unlock()
-	keep, used := m.files == nil && !again, false
-	choose := func(tag *string) {
-		if *tag != agentv1.CachedShareTag {
-			return
-		}
-		used = true
-		if !keep {
+	fresh := func(tag *string) {
+		if *tag == agentv1.CachedShareTag {
 			*tag = agentv1.ShareTag
 		}
 	}
-	if req.Rootfs != nil {
-		choose(&req.Rootfs.ShareTag)
+	if m.files != nil {
+		for _, mount := range req.Mounts {
+			fresh(&mount.ShareTag)
+		}
 	}
-	for _, mount := range req.Mounts {
-		choose(&mount.ShareTag)
+	if req.Rootfs.GetShareTag() != agentv1.CachedShareTag {
+		return
 	}
-	if used {
-		s.mu.Lock()
-		s.cached[req.ContainerId] = true
-		s.mu.Unlock()
+	s.mu.Lock()
+	again := s.cached[req.ContainerId]
+	s.cached[req.ContainerId] = true
+	s.mu.Unlock()
+	if again || m.files != nil {
+		fresh(&req.Rootfs.ShareTag)
 	}
 }
