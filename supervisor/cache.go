@@ -7,18 +7,9 @@ import (
 // chooseCaching lets the guest read anew what it may keep of a container's files,
 // if it must: with virtiofs, where nothing is kept; and the root file system if
 // there has been a container of this name in the pod, whose root the guest
-// remembers by the same path. A volume that it may keep has a path of its own.
+// remembers by the same path. Of volumes the share knows what is remembered.
 func (s *Supervisor) chooseCaching(m *machine, req *agentv1.CreateContainerRequest) {
-	fresh := func(tag *string) {
-		if *tag == agentv1.CachedShareTag {
-			*tag = agentv1.ShareTag
-		}
-	}
-	if m.files != nil {
-		for _, mount := range req.Mounts {
-			fresh(&mount.ShareTag)
-		}
-	}
+	chooseVolumes(m, req)
 	if req.Rootfs.GetShareTag() != agentv1.CachedShareTag {
 		return
 	}
@@ -27,6 +18,19 @@ func (s *Supervisor) chooseCaching(m *machine, req *agentv1.CreateContainerReque
 	s.cached[req.ContainerId] = true
 	s.mu.Unlock()
 	if again || m.files != nil {
-		fresh(&req.Rootfs.ShareTag)
+		req.Rootfs.ShareTag = agentv1.ShareTag
+	}
+}
+
+// chooseVolumes does so for a container's volumes, before they are in the share if
+// the machine is known by then.
+func chooseVolumes(m *machine, req *agentv1.CreateContainerRequest) {
+	if m == nil || m.files == nil {
+		return
+	}
+	for _, mount := range req.Mounts {
+		if mount.ShareTag == agentv1.CachedShareTag {
+			mount.ShareTag = agentv1.ShareTag
+		}
 	}
 }

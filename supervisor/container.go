@@ -272,6 +272,12 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	})
 	// Before the hypervisor starts: while it makes a mount namespace of its own,
 	// new mounts may not find their way into it.
+	if !first {
+		s.mu.Lock()
+		m := s.machine
+		s.mu.Unlock()
+		chooseVolumes(m, req.Container)
+	}
 	var placed []*supervisorv1.HostMount
 	placed, c.unshare, err = sh.add(ctx, req.Mounts, req.Container.Mounts)
 	u.add(c.unshare)

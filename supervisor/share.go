@@ -49,6 +49,8 @@ type share struct {
 	mu      sync.Mutex // serialises changes of the tree; guards what follows
 	volumes []*volume
 	named   uint64 // volumes that have been given a name
+	// stale are the file systems of which the guest knows by places that are gone.
+	stale map[device]bool
 }
 
 // sharer is what a pod needs of its share; tests that may not mount have another.

@@ -126,7 +126,7 @@ func TestChooseCaching(t *testing.T) {
 	}{
 		{plain, "a", fresh, fresh, fresh, fresh},
 		{plain, "a", cached, cached, cached, cached}, // nothing of the first was kept
-		{plain, "a", cached, cached, fresh, cached},  // a volume has a path of its own
+		{plain, "a", cached, cached, fresh, cached},  // a volume's is known to the share
 		{plain, "a", disk, cached, disk, cached},
 		{plain, "b", cached, fresh, cached, fresh},
 		{virtio, "c", cached, cached, fresh, fresh},

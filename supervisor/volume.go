@@ -37,9 +37,13 @@ func isVolume(m *supervisorv1.HostMount) bool {
 // volume is a mount in the share; guarded by share.mu.
 type volume struct {
 	path  string
-	users int // places in containers; 0: it is gone
-	// alone says that it is for one container, whatever others have.
-	alone bool
+	users int // places in containers
+	// kept says that the guest keeps what it has looked up and read (the tag
+	// CachedShareTag). What it knows there it knows by the file, however it came to
+	// it: of one that it sees again in another place it goes on to ask for by the
+	// first. So all such volumes of a file system stay until the last has no user,
+	// and of what comes after that nothing is kept.
+	kept bool
 	// What the kernel says of it; zero until it is mounted.
 	root  fileID
 	mount uint64 // STATX_MNT_ID
@@ -47,15 +51,14 @@ type volume struct {
 
 // fileID is what a file of the host is known by as long as something holds it.
 type fileID struct {
-	major, minor uint32
-	ino          uint64
+	dev device
+	ino uint64
 }
 
+type device struct{ major, minor uint32 }
+
 func (v *volume) identify(st *unix.Statx_t) {
-	if st.Mask&unix.STATX_MNT_ID == 0 { // before Linux 5.8
-		v.alone = true
-	}
-	v.root, v.mount = fileID{st.Dev_major, st.Dev_minor, st.Ino}, st.Mnt_id
+	v.root, v.mount = fileID{device{st.Dev_major, st.Dev_minor}, st.Ino}, st.Mnt_id
 }
 
 // volumeUse is a volume in one place of a container that is being made.
@@ -73,8 +76,6 @@ func (s *share) use(m *supervisorv1.HostMount, guest []*agentv1.Mount) *volumeUs
 	u.host.SharePath = v.path
 	if i := slices.IndexFunc(guest, func(g *agentv1.Mount) bool { return g.SharePath == m.SharePath && g.ShareTag != agentv1.DiskTag }); i >= 0 {
 		u.guest = guest[i]
-		// What the guest keeps of it is as old as the container, not older.
-		v.alone = u.guest.ShareTag == agentv1.CachedShareTag
 	}
 	return u
 }
@@ -93,8 +94,26 @@ func (s *share) release(v *volume) {
 	if v.users > 0 {
 		return
 	}
-	s.volumes = slices.DeleteFunc(s.volumes, func(o *volume) bool { return o == v })
+	if !v.kept {
+		s.volumes = slices.DeleteFunc(s.volumes, func(o *volume) bool { return o == v })
+		s.remove(v.path)
+		return
+	}
+	its := func(o *volume) bool { return o.kept && o.root.dev == v.root.dev }
+	if slices.ContainsFunc(s.volumes, func(o *volume) bool { return its(o) && o.users > 0 }) {
+		return
+	}
+	for _, o := range s.volumes {
+		if its(o) && o != v {
+			s.remove(o.path)
+		}
+	}
+	s.volumes = slices.DeleteFunc(s.volumes, its)
 	s.remove(v.path)
+	if s.stale == nil {
+		s.stale = make(map[device]bool)
+	}
+	s.stale[v.root.dev] = true
 }
 
 // join replaces volumes that have just been mounted by those of the pod that show
@@ -102,12 +121,13 @@ func (s *share) release(v *volume) {
 func (s *share) join(uses []*volumeUse) error {
 	var mounts []mountEntry // read when there is a reason to
 	for _, u := range uses {
-		if u.volume.alone {
-			continue
+		kept := u.guest != nil && u.guest.ShareTag == agentv1.CachedShareTag
+		if kept && s.stale[u.volume.root.dev] {
+			kept, u.guest.ShareTag = false, agentv1.ShareTag
 		}
 		var known *volume
 		for _, v := range s.volumes {
-			if v.root != u.volume.root {
+			if v.root != u.volume.root || v.kept != kept || v.users == 0 {
 				continue
 			}
 			if mounts == nil {
@@ -127,6 +147,7 @@ func (s *share) join(uses []*volumeUse) error {
 			}
 		}
 		if known == nil {
+			u.volume.kept = kept
 			s.volumes = append(s.volumes, u.volume)
 			continue
 		}

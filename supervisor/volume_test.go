@@ -19,6 +19,8 @@ type volumes struct {
 	t   *testing.T
 	s   *share
 	dir string
+	// kept says that the last volume that the guest was to keep is one.
+	kept bool
 }
 
 // withVolumes runs f with a share in a directory with a name that needs escapes.
@@ -109,6 +111,9 @@ func (v *volumes) add(id string, sources ...string) (paths []string, undo func()
 	}
 	for i, m := range placed {
 		paths = append(paths, m.SharePath)
+		if option, _, _ := strings.Cut(sources[i], ":"); option == "loose" {
+			v.kept = guest[i].ShareTag == agentv1.CachedShareTag
+		}
 		if guest[i].SharePath != m.SharePath {
 			v.t.Errorf("the guest mounts %q, and the share has %q", guest[i].SharePath, m.SharePath)
 		}
@@ -248,17 +253,19 @@ func TestVolumeSame(t *testing.T) {
 		check("a writer of what was for reading", false, "ro:"+a, "rw:"+a)
 		check("without programs", false, "rw:"+a, "noexec:"+a)
 		check("a reader of what has no programs", false, "noexec:"+a, "ro:"+a)
-		check("kept by the guest", false, "loose:"+a, "loose:"+a)
-		check("kept by the guest, of a reader", false, "ro:"+a, "loose:"+a)
-		check("a reader of what is kept by the guest", false, "loose:"+a, "ro:"+a)
-
 		// Roots of file systems of one kind have one number.
-		x, y := v.mkdir("x"), v.mkdir("y")
-		umountX, umountY := v.mount("x", x, "tmpfs", 0), v.mount("y", y, "tmpfs", 0)
+		var roots []string
+		for _, name := range []string{"x", "y", "z"} {
+			d := v.mkdir(name)
+			defer v.mount(name, d, "tmpfs", 0)()
+			roots = append(roots, d)
+		}
+		x, y, z := roots[0], roots[1], roots[2]
 		check("a file system", true, "rw:"+x, "rw:"+x)
 		check("another file system", false, "rw:"+x, "rw:"+y)
-		umountX()
-		umountY()
+		check("kept by the guest", true, "loose:"+x, "loose:"+x)
+		check("kept by the guest, of a reader", false, "ro:"+y, "loose:"+y)
+		check("a reader of what is kept by the guest", false, "loose:"+z, "ro:"+z)
 
 		// What takes the place of a directory is another one.
 		p, undo := v.add("c", "rw:"+v.mkdir("replaced"))
@@ -283,6 +290,56 @@ func TestVolumeSame(t *testing.T) {
 		undo3()
 		undo4()
 		v.shows(p[0], "a") // though its writer is gone
+		undo5()
+	})
+}
+
+// What the guest may keep of a file system stays until all of it goes, and is not
+// kept again.
+func TestVolumeKept(t *testing.T) {
+	withVolumes(t, func(v *volumes) {
+		a, b := v.mkdir("a"), v.mkdir("b")
+		other := v.mkdir("other")
+		defer v.mount("other", other, "tmpfs", 0)()
+		p, undo := v.add("c", "loose:"+a, "rw:"+a)
+		q, undo2 := v.add("d", "loose:"+a, "loose:"+b)
+		if p[0] != q[0] || p[0] == p[1] || !v.kept {
+			t.Errorf("%q and %q, the last kept: %t", p, q, v.kept)
+		}
+		_, undo3 := v.add("e", "loose:"+filepath.Join(a, "name"))
+		if !v.kept {
+			t.Error("a file below it is not kept")
+		}
+		undo2()
+		v.shows(q[1], "b")
+		undo()
+		v.shows(p[0], "a")
+		v.gone(p[1])
+		// What waits for its end gets no users.
+		r, undo4 := v.add("f", "loose:"+b)
+		if r[0] == q[1] || !v.kept {
+			t.Errorf("%q comes back as %q, kept: %t", q[1], r[0], v.kept)
+		}
+		undo3()
+		v.shows(p[0], "a")
+		undo4()
+		for _, path := range append(p, q...) {
+			v.gone(path)
+		}
+		r, undo4 = v.add("g", "ro:"+b, "loose:"+b)
+		if r[0] != r[1] || v.kept {
+			t.Errorf("afterwards it is at %q, kept: %t", r, v.kept)
+		}
+		undo4()
+		_, undo4 = v.add("g", "loose:"+other)
+		if !v.kept {
+			t.Error("another file system's is not kept")
+		}
+		undo4()
+		_, undo5, err := v.s.add(t.Context(), []*supervisorv1.HostMount{{Source: "/x-absent", SharePath: "g/mounts/0/x"}}, nil)
+		if err == nil {
+			t.Error("what is not there is a volume")
+		}
 		undo5()
 	})
 }

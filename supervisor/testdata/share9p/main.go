@@ -281,7 +281,7 @@ func (a *attack) all() {
 	}
 
 	// What is read-only stays as it is, and so does the share.
-	for name, dir := range map[string]uint32{"the read-only volume": ro, "the share": rootFid, "a directory of the share": a.fid("c"), "another": a.fid("c/mounts")} {
+	for name, dir := range map[string]uint32{"the read-only volume": ro, "the share": rootFid, "a directory of the share": a.fid("c"), "a directory of volumes": a.fid("@0")} {
 		a.refused("mkdir in "+name, a.mkdir(dir, "planted"))
 		a.refused("create in "+name, a.create(dir, "planted"))
 		a.refused("symlink in "+name, a.symlink(dir, "planted", a.outside))
