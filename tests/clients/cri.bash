@@ -385,7 +385,7 @@ all_operations() {
 		'container out of memory' t_oom \
 		'hostPath, changed on both sides' t_hostpath \
 		'emptyDir' t_emptydir \
-		'emptyDir: fifo and unix socket between containers' t_emptydir_meet \
+		'emptyDir: fifo and unix socket' t_emptydir_meet \
 		'emptyDir in memory' t_emptydir_memory \
 		'ConfigMap replaced while mounted' t_configmap \
 		'read-only volume' t_readonly_volume \
