@@ -47,6 +47,10 @@ type Agent struct {
 	// cachedMounted: cachedShare is mounted; guarded by configuring.
 	cachedMounted bool
 
+	// sharing is held while a container begins to have something of the shares, and
+	// while what nobody has any more is forgotten; before mu.
+	sharing sync.Mutex
+
 	mu         sync.Mutex
 	configured bool                  // guarded by mu
 	trials     bool                  // containers may be made although it is not configured; guarded by mu
@@ -75,6 +79,8 @@ type container struct {
 	engine Container
 	// storage takes its disks away, nil if it has none.
 	storage func() error
+	// shared is what it has of the shares, as sharedNames says; guarded by Agent.mu.
+	shared []string
 	// making counts starts and execs under way. It grows only under mu and in
 	// states that allow them, so that nothing is added while delete waits.
 	making sync.WaitGroup
@@ -222,11 +228,12 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 	if req.Process == nil {
 		return 0, invalid("process is missing")
 	}
-	c := &container{id: req.ContainerId, execs: make(map[string]*process)}
+	c := &container{id: req.ContainerId, shared: sharedNames(req), execs: make(map[string]*process)}
 	p, stdio, err := newProcess(c.id, "", req.Process, req.Stdio)
 	if err != nil {
 		return 0, err
 	}
+	a.sharing.Lock()
 	a.mu.Lock()
 	err = nil
 	switch {
@@ -243,6 +250,7 @@ func (a *Agent) create(ctx context.Context, req *agentv1.CreateContainerRequest)
 		}
 	}
 	a.mu.Unlock()
+	a.sharing.Unlock()
 	if err != nil {
 		stdio.close()
 		p.discard()
@@ -297,7 +305,7 @@ func (a *Agent) build(ctx context.Context, c *container, req *agentv1.CreateCont
 // release takes the container's disks away, and what the kernel remembers of its
 // shared files, when nothing else is left of it.
 func (a *Agent) release(c *container) error {
-	defer a.system.ForgetShared(c.id)
+	defer a.forgetShared(c)
 	if c.storage == nil {
 		return nil
 	}

@@ -45,7 +45,7 @@ type fakeSystem struct {
 	disks     int // plugged
 	overlays  int // that are not removed
 	frozen    int
-	forgotten []string // containers
+	forgotten []string // names
 	trials    int      // that are not undone
 	trial     string   // program of the trial
 	fail      string   // the method that fails
@@ -124,8 +124,8 @@ func (f *fakeSystem) MountShare(s *agentv1.Share) (func(), error) {
 	}, err
 }
 
-func (f *fakeSystem) ForgetShared(id string) {
-	_ = f.call("forget", func() { f.forgotten = append(f.forgotten, id) })
+func (f *fakeSystem) ForgetShared(names []string) {
+	_ = f.call("forget", func() { f.forgotten = append(f.forgotten, names...) })
 }
 
 func (f *fakeSystem) Processes(pids []int) ([]*agentv1.ProcessInfo, error) {

@@ -96,9 +96,10 @@ type System interface {
 	SetMachineID(id string) error
 	// MountShare mounts a share below agentv1.ShareDir; undo unmounts it.
 	MountShare(s *agentv1.Share) (undo func(), err error)
-	// ForgetShared gives up what the kernel still has of the files of a container
-	// that is no more, so that the host can do with them what it likes.
-	ForgetShared(id string)
+	// ForgetShared gives up what the kernel still has of files that no container has
+	// any more, so that the host can do with them what it likes. They are those whose
+	// paths below a share begin with one of the names.
+	ForgetShared(names []string)
 	// OpenDisks finds the disks with the given serial numbers, and mounts those that
 	// have a file system, each below agentv1.ShareDir/agentv1.DiskTag. It returns
 	// their device numbers by serial number. release unmounts and forgets them, also

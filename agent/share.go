@@ -62,20 +62,56 @@ func joinOptions(fixed, more string) string {
 	return fixed + "," + more
 }
 
+// sharedNames returns what a container has of the shares: the first names of the
+// paths. What has a name may be several containers', never a part of it.
+func sharedNames(req *agentv1.CreateContainerRequest) []string {
+	var names []string
+	add := func(tag, p string) {
+		if tag == "" || tag == agentv1.DiskTag {
+			return
+		}
+		name, _, _ := strings.Cut(p, "/")
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	add(req.GetRootfs().GetShareTag(), req.GetRootfs().GetSharePath())
+	for _, m := range req.GetMounts() {
+		add(m.GetShareTag(), m.GetSharePath())
+	}
+	return names
+}
+
+// forgetShared forgets what only c had of the shares. c is no more.
+func (a *Agent) forgetShared(c *container) {
+	a.sharing.Lock()
+	defer a.sharing.Unlock()
+	a.mu.Lock()
+	names := c.shared
+	c.shared = nil
+	for _, o := range a.containers {
+		names = slices.DeleteFunc(names, func(name string) bool { return slices.Contains(o.shared, name) })
+	}
+	a.mu.Unlock()
+	if len(names) > 0 {
+		a.system.ForgetShared(names)
+	}
+}
+
 // ForgetShared implements System. Where a virtiofs share has another file system
 // of the host's, the kernel mounts that by itself, below the share and for good,
 // and what it remembers of names keeps the host's files open in the server. Other
 // containers have to look theirs up again, no more.
-func (g *Guest) ForgetShared(id string) {
+func (g *Guest) ForgetShared(names []string) {
 	if !g.submounts.Load() {
 		return
 	}
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		g.log.Printf("forget the shared files of %s: %v", id, err)
+		g.log.Printf("forget the shared files %q: %v", names, err)
 		return
 	}
-	for _, p := range slices.Backward(sharedMounts(text, id)) {
+	for _, p := range slices.Backward(sharedMounts(text, names)) {
 		if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			g.log.Printf("unmount %s: %v", p, err)
 		}
@@ -86,10 +122,10 @@ func (g *Guest) ForgetShared(id string) {
 	}
 }
 
-// sharedMounts returns the mount points of a container's files below the shares,
-// in the order of /proc/self/mountinfo (proc_pid_mountinfo(5)): what is above
-// another comes first.
-func sharedMounts(mountinfo []byte, id string) []string {
+// sharedMounts returns the mount points below the shares whose paths begin with one
+// of the names, in the order of /proc/self/mountinfo (proc_pid_mountinfo(5)): what
+// is above another comes first.
+func sharedMounts(mountinfo []byte, names []string) []string {
 	var out []string
 	for line := range bytes.Lines(mountinfo) {
 		fields := strings.Fields(string(line))
@@ -101,8 +137,8 @@ func sharedMounts(mountinfo []byte, id string) []string {
 		if !ok {
 			continue
 		}
-		// TAG/ID/…
-		if parts := strings.SplitN(rel, "/", 3); len(parts) == 3 && parts[1] == id && parts[0] != agentv1.DiskTag {
+		// TAG/NAME/…
+		if parts := strings.SplitN(rel, "/", 3); len(parts) == 3 && slices.Contains(names, parts[1]) && parts[0] != agentv1.DiskTag {
 			out = append(out, p)
 		}
 	}

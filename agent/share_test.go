@@ -9,8 +9,7 @@ import (
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
 )
 
-// What nobody changes is mounted when the first container has it, once; and a
-// container that is gone is forgotten.
+// What nobody changes is mounted when the first container has it, once.
 func TestCachedShare(t *testing.T) {
 	f := newFixture(t)
 	mounted := func() int {
@@ -45,14 +44,54 @@ func TestCachedShare(t *testing.T) {
 	if n := mounted(); n != 1 {
 		t.Errorf("it is mounted %d times", n)
 	}
-	if _, err := f.DeleteContainer(f.ctx, &agentv1.DeleteContainerRequest{ContainerId: "b"}); err != nil {
-		t.Fatal(err)
+}
+
+// What several containers have of a share is forgotten with the last of them.
+func TestForgetShared(t *testing.T) {
+	f := newFixture(t)
+	create := func(id string, paths ...string) {
+		t.Helper()
+		r := shellContainer(id, "true", nil)
+		r.Rootfs = &agentv1.Rootfs{ShareTag: agentv1.ShareTag, SharePath: id + "/rootfs"}
+		for _, p := range paths {
+			r.Mounts = append(r.Mounts, &agentv1.Mount{Destination: "/v", ShareTag: agentv1.ShareTag, SharePath: p})
+		}
+		r.Mounts = append(r.Mounts, &agentv1.Mount{Destination: "/d", ShareTag: agentv1.DiskTag, SharePath: "serial"})
+		if _, err := f.CreateContainer(f.ctx, r); err != nil {
+			t.Fatal(err)
+		}
 	}
-	f.system.mu.Lock()
-	defer f.system.mu.Unlock()
-	if !slices.Equal(f.system.forgotten, []string{"a", "b"}) { // a when it failed
-		t.Errorf("forgotten are %q", f.system.forgotten)
+	remove := func(id string, want ...string) {
+		t.Helper()
+		if _, err := f.DeleteContainer(f.ctx, &agentv1.DeleteContainerRequest{ContainerId: id}); err != nil {
+			t.Fatal(err)
+		}
+		f.system.mu.Lock()
+		defer f.system.mu.Unlock()
+		if !slices.Equal(f.system.forgotten, want) {
+			t.Errorf("with %s went %q, want %q", id, f.system.forgotten, want)
+		}
+		f.system.forgotten = nil
 	}
+	create("a", "@0/v", "@1/w", "@0/v")
+	create("b", "@0/v")
+	create("c", "@1/w", "@10/x")
+	remove("a", "a")
+	create("a", "@0/v")
+	remove("b", "b")
+	remove("c", "c", "@1", "@10")
+	remove("a", "a", "@0")
+
+	// Nor by a container that cannot be made.
+	create("a", "@2/v")
+	f.system.fail = "disks"
+	r := shellContainer("b", "true", nil)
+	r.Mounts = []*agentv1.Mount{{Destination: "/v", ShareTag: agentv1.ShareTag, SharePath: "@2/v"}, {Destination: "/w", ShareTag: agentv1.ShareTag, SharePath: "@3/w"}}
+	r.Disks = []*agentv1.Disk{{Serial: "x"}}
+	_, err := f.CreateContainer(f.ctx, r)
+	wantCode(t, "create", err, codes.Internal, "fake failure")
+	f.system.fail = ""
+	remove("a", "@3", "a", "@2")
 }
 
 func TestSharedMounts(t *testing.T) {
@@ -63,14 +102,15 @@ func TestSharedMounts(t *testing.T) {
 33 30 0:33 / /run/runv/share/runv/ab/rootfs rw - virtiofs runv rw
 34 1 0:34 / /run/runv/share/disks/a/root rw - overlay overlay rw
 35 1 0:35 / /elsewhere/run/runv/share/runv/a/rootfs rw - ext4 x rw
-36 30 0:36 / /run/runv/share/runv/a/mounts/0/v rw - virtiofs runv rw
+36 30 0:36 / /run/runv/share/runv/@0/v rw - virtiofs runv rw
+37 30 0:37 / /run/runv/share/runv/@01/v rw - virtiofs runv rw
 short line
 `
-	got := sharedMounts([]byte(mountinfo), "a")
+	got := sharedMounts([]byte(mountinfo), []string{"a", "@0"})
 	want := []string{
 		"/run/runv/share/runv/a/rootfs",
 		`/run/runv/share/runv/a/rootfs/var lib/x\y`,
-		"/run/runv/share/runv/a/mounts/0/v",
+		"/run/runv/share/runv/@0/v",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)

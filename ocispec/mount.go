@@ -363,9 +363,9 @@ const sharedMemory = "/dev/shm"
 const podMemory = "pod"
 
 // translateSharedMemory lets /dev/shm be memory of the guest that containers of
-// the pod can share. Files of the host are no memory to share: every container
-// has another mapping of them. m and host are what translateMount has made of
-// the mount; the answer is the host's part that is left.
+// the pod can share. Through the file share each access that is not one of a
+// mapping would be a call of the host. m and host are what translateMount has made
+// of the mount; the answer is the host's part that is left.
 //
 // What an engine binds there is a tmpfs of the host, the same one in each
 // container that is meant to share it. A tmpfs of the container itself is shared

@@ -36,7 +36,6 @@ type container struct {
 	id        string
 	poststart []specs.Hook
 	poststop  []specs.Hook
-	mounts    []*supervisorv1.HostMount
 	// cgroup on the host, nil without one; set by create.
 	cgroup *cgroup
 
@@ -50,6 +49,7 @@ type container struct {
 	// Guarded by Supervisor.mu.
 	state  lifecycle
 	record state.Record
+	mounts []*supervisorv1.HostMount // as they are in the share
 	init   *process
 	// busy is non-nil while Create or Start is at work: the end of the init
 	// process is told after it.
@@ -66,7 +66,7 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		rootfs = req.Mounts[0].Source
 	}
 	for _, d := range req.Disks {
-		if d.Field == "root.path" {
+		if d.Field == rootField {
 			rootfs = d.Source
 		}
 	}
@@ -75,7 +75,6 @@ func (s *Supervisor) newContainer(req *supervisorv1.CreateRequest, standIn state
 		poststart: hostHooks(req.Hooks.GetPoststart()),
 		poststop:  hostHooks(req.Hooks.GetPoststop()),
 		op:        make(chan struct{}, 1),
-		mounts:    req.Mounts,
 		unshare:   func() {},
 		detach:    func() {},
 		busy:      make(chan struct{}),
@@ -273,7 +272,14 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 	})
 	// Before the hypervisor starts: while it makes a mount namespace of its own,
 	// new mounts may not find their way into it.
-	c.unshare, err = sh.add(ctx, req.Mounts)
+	if !first {
+		s.mu.Lock()
+		m := s.machine
+		s.mu.Unlock()
+		chooseVolumes(m, req.Container)
+	}
+	var placed []*supervisorv1.HostMount
+	placed, c.unshare, err = sh.add(ctx, req.Mounts, req.Container.Mounts)
 	u.add(c.unshare)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -281,6 +287,9 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		}
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
+	s.mu.Lock()
+	c.mounts = placed
+	s.mu.Unlock()
 	disks, err := openDisks(s.o.HostMounts, req.Disks)
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())

@@ -62,8 +62,8 @@ func (p *pod) crash() { p.vm().Crash(hypervisor.Exit{Code: 1, Stderr: "out of lu
 // noShare is a share that mounts nothing.
 type noShare struct{ err error }
 
-func (n noShare) add(context.Context, []*supervisorv1.HostMount) (func(), error) {
-	return func() {}, n.err
+func (n noShare) add(_ context.Context, ms []*supervisorv1.HostMount, _ []*agentv1.Mount) ([]*supervisorv1.HostMount, func(), error) {
+	return ms, func() {}, n.err
 }
 
 func (noShare) show(state.ProcessRef, *agentv1.CreateContainerRequest) (*view, error) {

@@ -87,6 +87,7 @@ func (s *Supervisor) checkCreate(req *supervisorv1.CreateRequest) error {
 	case req.Container.Process == nil || len(req.Container.Process.Args) == 0:
 		return invalid("container.process.args is empty")
 	}
+	places := make(map[string]bool, len(req.Mounts))
 	for i, m := range req.Mounts {
 		if m.Source == "" || m.Source[0] != '/' {
 			return invalid("mounts[%d].source is %q, want an absolute path", i, m.Source)
@@ -94,6 +95,10 @@ func (s *Supervisor) checkCreate(req *supervisorv1.CreateRequest) error {
 		if err := checkSharePath(req.Id, m.SharePath); err != nil {
 			return invalid("mounts[%d].%v", i, err)
 		}
+		if places[m.SharePath] {
+			return invalid("mounts[%d].share_path %q is another mount's too", i, m.SharePath)
+		}
+		places[m.SharePath] = true
 	}
 	for i, d := range req.Disks {
 		if d.Source == "" || d.Source[0] != '/' {

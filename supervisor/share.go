@@ -32,10 +32,10 @@ const (
 // in it; the supervisor makes the mount points through a second, detached mount
 // of the same tmpfs. What containers are given is mounted below:
 //
-//	<dir>/share/                    tmpfs, read-only, shared propagation
-//	<dir>/share/<id>/rootfs         a container's root
-//	<dir>/share/<id>/mounts/N/NAME  its volumes, by the sources' last names
-//	<dir>/share/<id>/hooks/N        copies of its createContainer hooks
+//	<dir>/share/              tmpfs, read-only, shared propagation
+//	<dir>/share/<id>/rootfs   a container's root
+//	<dir>/share/<id>/hooks/N  copies of its createContainer hooks
+//	<dir>/share/@K/NAME       a volume of one or more containers (volume.go)
 //
 // All of it exists in the supervisor's mount namespace only (and, by
 // propagation, in the hypervisor's), so the end of the supervisor, however it
@@ -46,12 +46,19 @@ type share struct {
 	ro   *os.File // root of the mount at path
 	rw   *os.File // root of the detached mount
 
-	mu sync.Mutex // serialises changes of the tree
+	mu      sync.Mutex // serialises changes of the tree; guards what follows
+	volumes []*volume
+	named   uint64 // volumes that have been given a name
+	// stale are the file systems of which the guest knows by places that are gone.
+	stale map[device]bool
 }
 
 // sharer is what a pod needs of its share; tests that may not mount have another.
 type sharer interface {
-	add(ctx context.Context, ms []*supervisorv1.HostMount) (undo func(), err error)
+	// add shows ms in the share and returns where they are: ms, but the volumes with
+	// places of their own, which the mounts of the guest that name those of ms get
+	// too.
+	add(ctx context.Context, ms []*supervisorv1.HostMount, guest []*agentv1.Mount) (placed []*supervisorv1.HostMount, undo func(), err error)
 	show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) (*view, error)
 	close()
 }
@@ -146,16 +153,13 @@ func checkSharePath(id, p string) error {
 	return nil
 }
 
-// add mounts ms one after the other. undo unmounts those that were mounted; it
-// is never nil.
-func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount) (undo func(), err error) {
-	var done []string
-	undo = func() {
+// add implements sharer. undo takes back what was done, once; it is never nil.
+func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount, guest []*agentv1.Mount) (placed []*supervisorv1.HostMount, _ func(), err error) {
+	var done undo
+	undone := func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for i := len(done) - 1; i >= 0; i-- {
-			s.remove(done[i])
-		}
+		done.run()
 		done = nil
 	}
 	sources := make([]*os.File, len(ms))
@@ -185,24 +189,42 @@ func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount) (undo fun
 		return nil
 	}
 	if err := open(true); err != nil {
-		return undo, err
+		return nil, undone, err
 	}
 	if err := InMountNS(s.host, func() error { return open(false) }); err != nil {
-		return undo, err
+		return nil, undone, err
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var uses []*volumeUse
 	for i, m := range ms {
 		if ctx.Err() != nil {
-			return undo, context.Cause(ctx)
+			return nil, undone, context.Cause(ctx)
 		}
-		s.mu.Lock()
-		done = append(done, m.SharePath)
-		err := s.put(m, sources[i])
-		s.mu.Unlock()
+		if !isVolume(m) {
+			placed = append(placed, m)
+			done.add(func() { s.remove(m.SharePath) })
+			if _, err := s.put(m, sources[i]); err != nil {
+				return nil, undone, fmt.Errorf("%s: share %s: %w", m.Field, m.Source, err)
+			}
+			continue
+		}
+		u := s.use(m, guest)
+		uses, placed = append(uses, u), append(placed, u.host)
+		done.add(func() { s.release(u.volume) })
+		st, err := s.put(u.host, sources[i])
 		if err != nil {
-			return undo, fmt.Errorf("%s: share %s: %w", m.Field, m.Source, err)
+			return nil, undone, fmt.Errorf("%s: share %s: %w", m.Field, m.Source, err)
 		}
+		u.volume.identify(&st)
 	}
-	return undo, nil
+	if err := s.join(uses); err != nil {
+		return nil, undone, err
+	}
+	for _, u := range uses {
+		u.tell()
+	}
+	return placed, undone, nil
 }
 
 // openSource opens what m gives to the container: a detached copy of the mounts
@@ -240,17 +262,17 @@ func openSource(m *supervisorv1.HostMount) (*os.File, error) {
 	return os.NewFile(uintptr(fd), m.Source), nil
 }
 
-// put makes the place of m in the share and fills it.
-func (s *share) put(m *supervisorv1.HostMount, src *os.File) error {
+// put makes the place of m in the share and fills it. It returns what the kernel
+// says of the root of a mount.
+func (s *share) put(m *supervisorv1.HostMount, src *os.File) (st unix.Statx_t, err error) {
 	if m.ExecutableCopy {
-		return s.copy(m, src)
+		return st, s.copy(m, src)
 	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
-		return os.NewSyscallError("fstat", err)
+	if err := unix.Statx(int(src.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_TYPE|unix.STATX_INO|unix.STATX_MNT_ID, &st); err != nil {
+		return st, os.NewSyscallError("statx", err)
 	}
-	if m.Field == "root.path" && st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return unix.ENOTDIR
+	if m.Field == rootField && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return st, unix.ENOTDIR
 	}
 	// Nothing of the guest is ever executed or opened as a device on this side.
 	attr := unix.MountAttr{
@@ -268,20 +290,20 @@ func (s *share) put(m *supervisorv1.HostMount, src *os.File) error {
 		flags |= unix.AT_RECURSIVE
 	}
 	if err := unix.MountSetattr(int(src.Fd()), "", flags, &attr); err != nil {
-		return os.NewSyscallError("mount_setattr", err)
+		return st, os.NewSyscallError("mount_setattr", err)
 	}
 	if err := s.place(m.SharePath, st.Mode&unix.S_IFMT == unix.S_IFDIR); err != nil {
-		return err
+		return st, err
 	}
 	target, err := below(s.ro, m.SharePath, unix.O_PATH)
 	if err != nil {
-		return err
+		return st, err
 	}
 	defer target.Close()
 	if err := unix.MoveMount(int(src.Fd()), "", int(target.Fd()), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
-		return os.NewSyscallError("move_mount", err)
+		return st, os.NewSyscallError("move_mount", err)
 	}
-	return nil
+	return st, nil
 }
 
 // place makes a mount point.

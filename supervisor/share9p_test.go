@@ -82,11 +82,11 @@ func TestShareAgainstHostileGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer share.close()
-	undo, err := share.add(t.Context(), []*supervisorv1.HostMount{
+	_, undo, err := share.add(t.Context(), []*supervisorv1.HostMount{
 		{Source: rootfs, SharePath: "c/rootfs", Recursive: true, Field: "root.path"},
 		{Source: ro, SharePath: "c/mounts/0/ro", ReadOnly: true, Field: "mounts[0].source"},
 		{Source: second, SharePath: "c/mounts/1/second", Field: "mounts[1].source"},
-	})
+	}, nil)
 	defer undo()
 	if err != nil {
 		t.Fatal(err)
@@ -124,10 +124,11 @@ func TestShareAgainstHostileGuest(t *testing.T) {
 			if !strings.Contains(said(), "BOTHER") {
 				continue
 			}
-			undo, err := share.add(t.Context(), []*supervisorv1.HostMount{
+			_, undo, err := share.add(t.Context(), []*supervisorv1.HostMount{
 				{Source: other, SharePath: "d/rootfs", Recursive: true, Field: "root.path"},
 				{Source: ro, SharePath: "d/mounts/0/ro", ReadOnly: true, Field: "mounts[0].source"},
-			})
+				{Source: other, SharePath: "d/mounts/1/other", Field: "mounts[1].source"},
+			}, nil)
 			if err != nil {
 				t.Errorf("round %d: %v", rounds, err)
 			}
@@ -150,8 +151,8 @@ func TestShareAgainstHostileGuest(t *testing.T) {
 	if after := mountPoints(t); after != mounts {
 		t.Errorf("the mounts were\n%s\nand are\n%s", mounts, after)
 	}
-	if entries, err := os.ReadDir(share.path); err != nil || len(entries) != 1 {
-		t.Errorf("the share has %v (%v), want c alone", entries, err)
+	if entries, err := os.ReadDir(share.path); err != nil || len(entries) != 3 {
+		t.Errorf("the share has %v (%v), want c and two volumes", entries, err)
 	}
 }
 

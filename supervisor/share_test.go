@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -54,18 +55,25 @@ func TestShare(t *testing.T) {
 			return
 		}
 		defer s.close()
-		undo, err := s.add(t.Context(), []*supervisorv1.HostMount{
+		placed, undo, err := s.add(t.Context(), []*supervisorv1.HostMount{
 			{Source: vol, SharePath: "c/rootfs", Recursive: true, Field: "root.path"},
 			{Source: vol, SharePath: "c/mounts/0", ReadOnly: true, Field: "mounts[0].source"},
 			{Source: file, SharePath: "c/mounts/1", Field: "mounts[1].source"},
 			{Source: file, SharePath: "c/hooks/0", Field: "hooks.createContainer[0].path", ExecutableCopy: true},
-		})
+		}, nil)
 		if err != nil {
 			t.Error(err)
 			return
 		}
+		var paths []string
+		for _, m := range placed {
+			paths = append(paths, m.SharePath)
+		}
+		if want := []string{"c/rootfs", "@0/0", "@1/1", "c/hooks/0"}; !slices.Equal(paths, want) {
+			t.Errorf("they are at %q, want %q", paths, want)
+		}
 		at := func(p string) string { return filepath.Join(s.path, p) }
-		for p, want := range map[string]string{"c/rootfs/a": "A", "c/mounts/0/a": "A", "c/mounts/1": "single", "c/hooks/0": "single"} {
+		for p, want := range map[string]string{"c/rootfs/a": "A", "@0/0/a": "A", "@1/1": "single", "c/hooks/0": "single"} {
 			if b, err := os.ReadFile(at(p)); err != nil || string(b) != want {
 				t.Errorf("%s: %q, %v", p, b, err)
 			}
@@ -73,7 +81,7 @@ func TestShare(t *testing.T) {
 		if err := os.WriteFile(at("c/rootfs/b"), nil, 0o600); err != nil {
 			t.Errorf("the root is not writable: %v", err)
 		}
-		for _, p := range []string{"c/mounts/0/b", "planted", "c/planted", "c/hooks/0"} {
+		for _, p := range []string{"@0/0/b", "@0/planted", "planted", "c/planted", "c/hooks/0"} {
 			if err := os.WriteFile(at(p), nil, 0o600); !errors.Is(err, unix.EROFS) {
 				t.Errorf("write to %s: %v, want EROFS", p, err)
 			}
@@ -113,11 +121,12 @@ func TestShareErrors(t *testing.T) {
 				{Source: "/tmp", SharePath: "c/hooks/0", Field: "hooks.createContainer[0].path", ExecutableCopy: true},
 			},
 			"file exists": {
-				{Source: dir, SharePath: "c/a", Field: "mounts[0].source"},
-				{Source: dir, SharePath: "c/a", Field: "mounts[1].source"},
+				{Source: dir, SharePath: "c/mounts/0", Field: "mounts[0].source"},
+				{Source: dir, SharePath: "c/a", Field: "root.path"},
+				{Source: dir, SharePath: "c/a", Field: "root.path"},
 			},
 		} {
-			undo, err := s.add(t.Context(), ms)
+			_, undo, err := s.add(t.Context(), ms, nil)
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("error %v, want %q", err, want)
 			}
@@ -132,7 +141,7 @@ func TestShareErrors(t *testing.T) {
 func TestCheckSharePath(t *testing.T) {
 	for p, ok := range map[string]bool{
 		"c/rootfs": true, "c/mounts/0": true,
-		"": false, "c": false, "/c/x": false, "d/rootfs": false, "c/../d": false, "c/./x": false, "../c/x": false, "c/x/": false,
+		"": false, "c": false, "@0/vol": false, "/c/x": false, "d/rootfs": false, "c/../d": false, "c/./x": false, "../c/x": false, "c/x/": false,
 		"c/" + strings.Repeat("x", 4096): false,
 	} {
 		if err := checkSharePath("c", p); (err == nil) != ok {
@@ -191,7 +200,7 @@ func TestShareFollowsNoLink(t *testing.T) {
 
 		// A link is in the place of the container's directory.
 		plant("c")
-		undo, err := s.add(t.Context(), mounts)
+		_, undo, err := s.add(t.Context(), mounts, nil)
 		if !errors.Is(err, unix.ELOOP) && !errors.Is(err, unix.ENOTDIR) {
 			t.Errorf("mount below a link: %v, want ELOOP", err)
 		}
@@ -203,7 +212,7 @@ func TestShareFollowsNoLink(t *testing.T) {
 		}
 
 		// It comes there after the mount.
-		undo, err = s.add(t.Context(), mounts)
+		_, undo, err = s.add(t.Context(), mounts, nil)
 		if err != nil {
 			t.Error(err)
 			return

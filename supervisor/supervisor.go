@@ -120,7 +120,7 @@ type Supervisor struct {
 	machine    *machine
 	share      sharer
 	containers map[string]*container
-	cached     map[string]bool // containers that there have been with files which the guest keeps
+	cached     map[string]bool // containers that there have been with a root which the guest keeps
 	processes  map[processKey]*process
 	changed    chan struct{} // closed and replaced when processes gets one more
 	inFlight   int           // calls that hold the end of the pod up

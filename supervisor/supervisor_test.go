@@ -456,6 +456,10 @@ func TestCreateFails(t *testing.T) {
 		"share path": {req: func(r *supervisorv1.CreateRequest) {
 			r.Mounts = []*supervisorv1.HostMount{{Source: "/", SharePath: "pod/../x"}}
 		}, code: codes.InvalidArgument, want: "mounts[0].share_path"},
+		"share path twice": {req: func(r *supervisorv1.CreateRequest) {
+			m := &supervisorv1.HostMount{Source: "/", SharePath: "pod/x"}
+			r.Mounts = []*supervisorv1.HostMount{m, m}
+		}, code: codes.InvalidArgument, want: "mounts[1].share_path"},
 		"relative source": {req: func(r *supervisorv1.CreateRequest) {
 			r.Mounts = []*supervisorv1.HostMount{{Source: "x", SharePath: "pod/x"}}
 		}, code: codes.InvalidArgument, want: "mounts[0].source"},

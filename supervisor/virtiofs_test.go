@@ -109,7 +109,7 @@ func TestStartFileServer(t *testing.T) {
 }
 
 // The guest may keep a container's files if it is asked to, but not with virtiofs,
-// and not in the place of a container with the same name.
+// and not its root in the place of a container with the same name.
 func TestChooseCaching(t *testing.T) {
 	s := New(Options{SandboxID: "pod", Dir: t.TempDir()})
 	request := func(id, root, volume string) *agentv1.CreateContainerRequest {
@@ -125,8 +125,9 @@ func TestChooseCaching(t *testing.T) {
 		id, root, volume, wantR, wantV string
 	}{
 		{plain, "a", fresh, fresh, fresh, fresh},
-		{plain, "a", disk, cached, disk, cached}, // nothing of the first was kept
-		{plain, "a", cached, cached, fresh, fresh},
+		{plain, "a", cached, cached, cached, cached}, // nothing of the first was kept
+		{plain, "a", cached, cached, fresh, cached},  // a volume's is known to the share
+		{plain, "a", disk, cached, disk, cached},
 		{plain, "b", cached, fresh, cached, fresh},
 		{virtio, "c", cached, cached, fresh, fresh},
 	} {

@@ -498,6 +498,50 @@ func TestBlockInClone(t *testing.T) {
 	clones.ok("delete", "--force", sb)
 }
 
+// Containers that have one directory, or one and a directory in it, and keep what
+// they read of it, find it whole whoever of them comes and goes.
+func TestCachedVolumes(t *testing.T) {
+	t.Parallel()
+	vmOnly(t)
+	r := newRT(t)
+	vol := filepath.Join(r.dir, "vol")
+	if err := os.MkdirAll(filepath.Join(vol, "sub/deep"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r.write(filepath.Join(vol, "sub/deep/f"), "deep\n")
+	sb := r.running()
+	member := func(source string) string {
+		t.Helper()
+		return r.member(sb, binds(source, "/v", "ro", "x-runv.cache=loose"))
+	}
+	whole := func(when string, top string, ids ...string) {
+		t.Helper()
+		for _, id := range ids {
+			if res := r.try("exec", id, "sh", "-c", "ls -R /v; cat /v"+top+"/deep/f"); res.code != 0 || !strings.HasSuffix(res.stdout, "deep:\nf\ndeep\n") {
+				t.Errorf("%s: %d, %q, %q", when, res.code, res.stdout, res.stderr)
+			}
+		}
+	}
+	a, b := member(vol), member(vol)
+	whole("the whole", "/sub", a, b)
+	below := member(filepath.Join(vol, "sub"))
+	whole("a part", "", below)
+	whole("the whole again", "/sub", a, b)
+	r.ok("delete", "--force", a)
+	whole("one has gone", "/sub", b)
+	r.ok("delete", "--force", b)
+	whole("the part is left", "", below)
+	a = member(vol)
+	whole("one comes again", "/sub", a)
+	r.ok("delete", "--force", below)
+	whole("the part has gone", "/sub", a)
+	r.ok("delete", "--force", a)
+	a = member(vol)
+	whole("after all", "/sub", a)
+	r.ok("delete", "--force", sb)
+	r.ok("delete", a)
+}
+
 // A volume that is said to be changed by nobody is read once; one that is not, each
 // time. A container that takes the place of another one with its name sees its own
 // files.

@@ -270,7 +270,7 @@ func TestSharePlantedDevices(t *testing.T) {
 				continue
 			}
 			for _, m := range mountinfo(strconv.Itoa(p.pid)) {
-				if strings.Contains(m.target, "/mounts/") && strings.HasSuffix(m.target, "/vol") {
+				if strings.Contains(m.target, "/@") && strings.HasSuffix(m.target, "/vol") {
 					checked = true
 					options := strings.Split(m.options, ",")
 					if !slices.Contains(options, "nodev") || !slices.Contains(options, "nosuid") {
@@ -455,16 +455,20 @@ func TestVirtiofsForgets(t *testing.T) {
 	}
 	*r.ends = append(*r.ends, func() { os.RemoveAll(dir) })
 	sb := r.running()
-	// uses is what the server has of a container.
+	// uses is what the server has of a container and of volumes; the sandbox
+	// container has none.
 	uses := func(id string) (list []string) {
 		t.Helper()
+		its := func(path string) bool {
+			return path == "/"+id || strings.HasPrefix(path, "/"+id+"/") || strings.HasPrefix(path, "/@")
+		}
 		for _, p := range r.processes() {
 			if !p.is(virtiofsd) {
 				continue
 			}
 			proc := "/proc/" + strconv.Itoa(p.pid)
 			for _, m := range mountinfo(strconv.Itoa(p.pid)) {
-				if strings.HasPrefix(m.target, "/"+id+"/") {
+				if its(m.target) {
 					list = append(list, "mount "+m.target)
 				}
 			}
@@ -473,7 +477,7 @@ func TestVirtiofsForgets(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, f := range fds {
-				if target, err := os.Readlink(proc + "/fd/" + f.Name()); err == nil && (target == "/"+id || strings.HasPrefix(target, "/"+id+"/")) {
+				if target, err := os.Readlink(proc + "/fd/" + f.Name()); err == nil && its(target) {
 					list = append(list, "file "+target)
 				}
 			}

@@ -14,6 +14,7 @@ need_cri() {
 	need umoci $cni/bridge=containernetworking-plugins "$@"
 	[ -z "${CLIENTS_NAMESPACES:-}" ] || return 0
 	module crictl "sigs.k8s.io/cri-tools/cmd/crictl@$crictl_version" || exit 1
+	CGO_ENABLED=0 go build -buildvcs=false -o "$cache/files" ./tests/testdata/files >&2 || exit 1
 	(cd tests/deploy && CGO_ENABLED=0 go test . && CGO_ENABLED=0 go build -o "$cache/deploy" .) >&2 || exit 1
 }
 # cri_here prepares what the daemon finds: its network, and localhost.
@@ -181,6 +182,13 @@ t_hostpath() {
 		inside sh -c 'echo back >/host/g' && [ "$(cat "$v/g")" = back ]
 }
 t_emptydir() { mainpod && k exec "$web" sh -c 'echo shared >/disk/f' && [ "$(inside cat /disk/f)" = shared ] && [ "$(cat "$work/vol/$r/disk/f")" = shared ]; }
+# One container finds the other in a volume of both.
+t_emptydir_meet() {
+	mainpod && cp "$cache/files" "$work/vol/$r/disk/files" && k exec "$web" sh -c 'cd /disk && rm -f fifo socket && mkfifo fifo &&
+		{ (timeout 90 sh -c "echo through >fifo" & timeout 90 ./files listen socket &) </dev/null >/dev/null 2>&1; }' || return
+	[ "$(inside timeout 30 cat /disk/fifo)" = through ] && until_true 10 inside test -S /disk/socket &&
+		[ "$(inside timeout 30 /disk/files dial /disk/socket hello)" = hello ]
+}
 t_emptydir_memory() {
 	mainpod && k exec "$web" sh -c 'echo shared >/memory/f' && [ "$(inside cat /memory/f)" = shared ] &&
 		! k exec "$web" sh -c 'dd if=/dev/zero of=/memory/big bs=64k count=32 2>/dev/null' && k exec "$web" rm -f /memory/big
@@ -377,6 +385,7 @@ all_operations() {
 		'container out of memory' t_oom \
 		'hostPath, changed on both sides' t_hostpath \
 		'emptyDir' t_emptydir \
+		'emptyDir: fifo and unix socket' t_emptydir_meet \
 		'emptyDir in memory' t_emptydir_memory \
 		'ConfigMap replaced while mounted' t_configmap \
 		'read-only volume' t_readonly_volume \

@@ -490,14 +490,17 @@ func (x *VM) GetVirtiofsd() string {
 // HostMount is one thing of the host that the container is given through the
 // pod's share.
 type HostMount struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	Source    string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`                        // absolute path on the host
-	SharePath string                 `protobuf:"bytes,2,opt,name=share_path,json=sharePath,proto3" json:"share_path,omitempty"` // where the share shows it
-	Recursive bool                   `protobuf:"varint,3,opt,name=recursive,proto3" json:"recursive,omitempty"`
-	ReadOnly  bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // enforced on the host's side
-	Nosuid    bool                   `protobuf:"varint,5,opt,name=nosuid,proto3" json:"nosuid,omitempty"`
-	Nodev     bool                   `protobuf:"varint,6,opt,name=nodev,proto3" json:"nodev,omitempty"`
-	Noexec    bool                   `protobuf:"varint,7,opt,name=noexec,proto3" json:"noexec,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Source string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // absolute path on the host
+	// Where the share shows it, below the container's id. A volume gets a place of
+	// its own, with the same last name; the mount in CreateRequest.container that
+	// names this path gets it too.
+	SharePath string `protobuf:"bytes,2,opt,name=share_path,json=sharePath,proto3" json:"share_path,omitempty"`
+	Recursive bool   `protobuf:"varint,3,opt,name=recursive,proto3" json:"recursive,omitempty"`
+	ReadOnly  bool   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // enforced on the host's side
+	Nosuid    bool   `protobuf:"varint,5,opt,name=nosuid,proto3" json:"nosuid,omitempty"`
+	Nodev     bool   `protobuf:"varint,6,opt,name=nodev,proto3" json:"nodev,omitempty"`
+	Noexec    bool   `protobuf:"varint,7,opt,name=noexec,proto3" json:"noexec,omitempty"`
 	// Field of config.json for error messages, such as "mounts[3].source".
 	Field          string `protobuf:"bytes,8,opt,name=field,proto3" json:"field,omitempty"`
 	ExecutableCopy bool   `protobuf:"varint,9,opt,name=executable_copy,json=executableCopy,proto3" json:"executable_copy,omitempty"` // a createContainer hook: copied, not mounted

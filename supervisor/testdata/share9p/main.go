@@ -174,7 +174,7 @@ func (a *attack) read(fid uint32) string {
 }
 
 func (a *attack) all() {
-	vol, ro := a.fid("c/rootfs"), a.fid("c/mounts/0/ro")
+	vol, ro := a.fid("c/rootfs"), a.fid("@0/ro")
 
 	// Names.
 	up, err := a.walk(rootFid, "..", "..", "..")
@@ -252,13 +252,13 @@ func (a *attack) all() {
 
 	// Hard links lead from no mount to another.
 	for what, err := range map[string]error{
-		"hard link out of a read-only volume":           a.link(vol, a.fid("c/mounts/0/ro/file"), "stolen"),
+		"hard link out of a read-only volume":           a.link(vol, a.fid("@0/ro/file"), "stolen"),
 		"hard link into a read-only volume":             a.link(ro, a.fid("c/rootfs/mine"), "stolen"),
 		"hard link into the share itself":               a.link(rootFid, a.fid("c/rootfs/mine"), "stolen"),
 		"rename out of a read-only volume":              a.rename(ro, "file", vol, "stolen"),
 		"rename into a read-only volume":                a.rename(vol, "mine", ro, "stolen"),
 		"rename into the share itself":                  a.rename(vol, "mine", rootFid, "stolen"),
-		"hard link of the second volume into the first": a.link(vol, a.fid("c/mounts/1/second/file"), "stolen"),
+		"hard link of the second volume into the first": a.link(vol, a.fid("@1/second/file"), "stolen"),
 	} {
 		a.refused(what, err)
 	}
@@ -281,7 +281,7 @@ func (a *attack) all() {
 	}
 
 	// What is read-only stays as it is, and so does the share.
-	for name, dir := range map[string]uint32{"the read-only volume": ro, "the share": rootFid, "a directory of the share": a.fid("c"), "another": a.fid("c/mounts")} {
+	for name, dir := range map[string]uint32{"the read-only volume": ro, "the share": rootFid, "a directory of the share": a.fid("c"), "a directory of volumes": a.fid("@0")} {
 		a.refused("mkdir in "+name, a.mkdir(dir, "planted"))
 		a.refused("create in "+name, a.create(dir, "planted"))
 		a.refused("symlink in "+name, a.symlink(dir, "planted", a.outside))
@@ -289,9 +289,9 @@ func (a *attack) all() {
 		a.refused("chmod of "+name, a.setattr(dir, 1))
 		a.refused("chown of "+name, a.setattr(dir, 6))
 	}
-	a.refused("open for writing of a read-only file", a.open(a.fid("c/mounts/0/ro/file"), oRdwr))
-	a.refused("open and truncate of a read-only file", a.open(a.fid("c/mounts/0/ro/file"), oRdwr|oTrunc))
-	a.refused("truncate of a read-only file", a.setattr(a.fid("c/mounts/0/ro/file"), 8))
+	a.refused("open for writing of a read-only file", a.open(a.fid("@0/ro/file"), oRdwr))
+	a.refused("open and truncate of a read-only file", a.open(a.fid("@0/ro/file"), oRdwr|oTrunc))
+	a.refused("truncate of a read-only file", a.setattr(a.fid("@0/ro/file"), 8))
 	a.refused("unlink of a read-only file", a.unlink(ro, "file", 0))
 	a.refused("rename of a mount point", a.rename(a.fid("c"), "rootfs", a.fid("c"), "moved"))
 	a.refused("rename of a container's directory", a.rename(rootFid, "c", rootFid, "moved"))
