@@ -156,64 +156,83 @@ func launch(ctx context.Context, cfg hypervisor.Config, o launchOptions) (_ *mac
 
 // boot starts the pod's VM for its container c, or takes that of b, and returns
 // when its agent is ready for containers.
-func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.CreateRequest, sharePath string, b *Standby) (_ *machine, err error) {
-	vm := req.Vm
-	ctx, cancel := bootLimit(ctx, vm)
+func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.CreateRequest, sharePath string, b *Standby) (*machine, error) {
+	ctx, cancel := bootLimit(ctx, req.Vm)
 	defer cancel()
 	defer trace.Begin(ctx, "virtual machine")()
-	begin := time.Now()
-	cfg, err := VMConfig(s.o.SandboxID, vm, sharePath)
+	if b != nil {
+		died, err := s.take(ctx, c, req, b)
+		if err == nil {
+			return b.machine, nil
+		}
+		if !died || ctx.Err() != nil {
+			return nil, err
+		}
+		// It died while it waited, or has just now. Nobody has seen it yet, so the
+		// pod gets another VM.
+		glog.Warningf("pod %s: the VM that was ready is none: %v", s.o.SandboxID, err)
+	}
+	cfg, err := VMConfig(s.o.SandboxID, req.Vm, sharePath)
 	if err != nil {
 		return nil, err
 	}
 	cfg.ConsoleLog = s.consoleLog()
-	var m *machine
-	if b != nil {
-		end := trace.Begin(ctx, "wake it")
-		err := b.awoken(ctx)
-		end()
-		switch {
-		case err == nil:
-			m = b.machine
-			m.mu.Lock()
-			m.cgroup = c.cgroup
-			m.mu.Unlock()
-		case ctx.Err() != nil:
-			return nil, err
-		default:
-			// It died while it waited, or was found dead just now. Nobody has seen it
-			// yet, so the pod gets another VM.
-			glog.Warningf("pod %s: the VM that was ready is none: %v", s.o.SandboxID, err)
-			b.machine.close()
-		}
+	// A hypervisor that loads a kernel fills much memory before anybody hears of
+	// it, and memory belongs to the cgroup in which it was first used. A clone
+	// does not, and has no time to wait.
+	// A file server is never moved: it is started in the cgroup.
+	if req.Vm.Template == "" || req.Vm.Share == shareVirtiofs {
+		c.cgroup.await(ctx)
 	}
-	if m == nil {
-		// A hypervisor that loads a kernel fills much memory before anybody hears of
-		// it, and memory belongs to the cgroup in which it was first used. A clone
-		// does not, and has no time to wait.
-		// A file server is never moved: it is started in the cgroup.
-		if vm.Template == "" || vm.Share == shareVirtiofs {
-			c.cgroup.await(ctx)
+	m, err := launch(ctx, cfg, launchOptions{vm: req.Vm, factory: s.o.Factory, version: s.o.Version, cgroup: c.cgroup, started: func(m *machine) error {
+		s.timed(&s.times.vm)
+		// Written at once: whoever cleans up after a supervisor that was
+		// killed waits for the hypervisor's end.
+		defer trace.Begin(ctx, "write record")()
+		s.mu.Lock()
+		c.record.VM = m.process
+		s.mu.Unlock()
+		if err := s.save(c); err != nil {
+			return err
 		}
-		m, err = launch(ctx, cfg, launchOptions{vm: vm, factory: s.o.Factory, version: s.o.Version, cgroup: c.cgroup, started: func(m *machine) error {
-			s.timed(&s.times.vm)
-			// Written at once: whoever cleans up after a supervisor that was
-			// killed waits for the hypervisor's end.
-			defer trace.Begin(ctx, "write record")()
-			s.mu.Lock()
-			c.record.VM = m.process
-			s.mu.Unlock()
-			if err := s.save(c); err != nil {
-				return err
-			}
-			// It may have been started before this process had joined the
-			// cgroup; the guest boots meanwhile.
-			return c.cgroup.add(m.vm.Pid())
-		}})
-		if err != nil {
-			return nil, err
-		}
+		// It may have been started before this process had joined the
+		// cgroup; the guest boots meanwhile.
+		return c.cgroup.add(m.vm.Pid())
+	}})
+	if err == nil {
+		err = s.configure(ctx, c, req, m)
 	}
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// take is boot with the VM of a standby. After an error nothing is left of that,
+// and died says whether it had ended by itself.
+func (s *Supervisor) take(ctx context.Context, c *container, req *supervisorv1.CreateRequest, b *Standby) (died bool, err error) {
+	m := b.machine
+	end := trace.Begin(ctx, "wake it")
+	err = b.awoken(ctx)
+	end()
+	if err != nil {
+		m.close()
+		return true, err
+	}
+	m.mu.Lock()
+	m.cgroup = c.cgroup
+	m.mu.Unlock()
+	if err := s.configure(ctx, c, req, m); err != nil {
+		return !m.vm.Exit().Killed, err
+	}
+	return false, nil
+}
+
+// configure makes a VM whose agent has answered the pod's. After an error nothing
+// is left of it.
+func (s *Supervisor) configure(ctx context.Context, c *container, req *supervisorv1.CreateRequest, m *machine) (err error) {
+	vm := req.Vm
+	begin := time.Now()
 	defer func() {
 		if err != nil {
 			err = m.explain(err)
@@ -228,14 +247,14 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		Network:   &agentv1.Network{Mode: agentv1.Network_MODE_NONE},
 	}
 	if m.network, err = s.openNetwork(m, c.record.StandIn); err != nil {
-		return nil, err
+		return err
 	}
 	if m.network != nil {
 		sandbox.Network.Mode = agentv1.Network_MODE_NAMESPACE
 		// What hooks are going to bring is told when they have ended.
 		if len(req.Hooks.GetPrestart())+len(req.Hooks.GetCreateRuntime()) == 0 {
 			if sandbox.Network.Config, err = m.network.scan(ctx); err != nil {
-				return nil, err
+				return err
 			}
 		}
 	}
@@ -245,11 +264,11 @@ func (s *Supervisor) boot(ctx context.Context, c *container, req *supervisorv1.C
 		sandbox.Network.MacAddress = randomMAC().String()
 	}
 	if _, err := m.client.ConfigureSandbox(ctx, sandbox); err != nil {
-		return nil, err
+		return err
 	}
 	s.timed(&s.times.configured)
-	glog.V(1).Infof("pod %s: the guest is configured after %v", s.o.SandboxID, time.Since(begin))
-	return m, nil
+	glog.V(1).Infof("pod %s: the guest is configured in %v", s.o.SandboxID, time.Since(begin))
+	return nil
 }
 
 // VMConfig translates what a request asks of its VM. A template is made with it
