@@ -146,7 +146,7 @@ func (b *bench) create(ctx context.Context, r *contender, bundle string, out *os
 }
 
 // Operations, in the order of the tables.
-var operations = []string{"run", "create", "start", "exec", "state", "kill", "delete", "first byte"}
+var operations = []string{"run", "create", "start", "exec", "exec again", "state", "kill", "delete", "first byte"}
 
 // round measures every operation of a runtime once.
 func (b *bench) round(ctx context.Context, r *contender) error {
@@ -184,7 +184,7 @@ func (b *bench) once(ctx context.Context, r *contender, operation string) error 
 	return nil
 }
 
-// lifecycle is create, start, exec, state, kill and delete of a container that
+// lifecycle is create, start, exec twice, state, kill and delete of a container that
 // does nothing. Before delete it waits for the container's end.
 func (b *bench) lifecycle(ctx context.Context, r *contender) error {
 	id, pid, c, err := b.create(ctx, r, "idle", nil)
@@ -199,6 +199,7 @@ func (b *bench) lifecycle(ctx context.Context, r *contender) error {
 	}{
 		{"start", []string{"start", id}},
 		{"exec", []string{"exec", id, "/bin/true"}},
+		{"exec again", []string{"exec", id, "/bin/true"}},
 		{"state", []string{"state", id}},
 		{"kill", []string{"kill", id, "KILL"}},
 	} {
