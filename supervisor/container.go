@@ -279,7 +279,7 @@ func (s *Supervisor) create(ctx context.Context, req *supervisorv1.CreateRequest
 		chooseVolumes(m, req.Container)
 	}
 	var placed []*supervisorv1.HostMount
-	placed, c.unshare, err = sh.add(ctx, req.Mounts, req.Container.Mounts)
+	placed, c.unshare, err = sh.add(ctx, req.Mounts, req.Container)
 	u.add(c.unshare)
 	if err != nil {
 		if ctx.Err() != nil {

@@ -62,7 +62,7 @@ func (p *pod) crash() { p.vm().Crash(hypervisor.Exit{Code: 1, Stderr: "out of lu
 // noShare is a share that mounts nothing.
 type noShare struct{ err error }
 
-func (n noShare) add(_ context.Context, ms []*supervisorv1.HostMount, _ []*agentv1.Mount) ([]*supervisorv1.HostMount, func(), error) {
+func (n noShare) add(_ context.Context, ms []*supervisorv1.HostMount, _ *agentv1.CreateContainerRequest) ([]*supervisorv1.HostMount, func(), error) {
 	return ms, func() {}, n.err
 }
 

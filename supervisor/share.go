@@ -51,14 +51,15 @@ type share struct {
 	named   uint64 // volumes that have been given a name
 	// stale are the file systems of which the guest knows by places that are gone.
 	stale map[device]bool
+	// roots are the root file systems of which the guest has kept something.
+	roots map[fileID]bool
 }
 
 // sharer is what a pod needs of its share; tests that may not mount have another.
 type sharer interface {
 	// add shows ms in the share and returns where they are: ms, but the volumes with
-	// places of their own, which the mounts of the guest that name those of ms get
-	// too.
-	add(ctx context.Context, ms []*supervisorv1.HostMount, guest []*agentv1.Mount) (placed []*supervisorv1.HostMount, undo func(), err error)
+	// places of their own, which what names those of ms in guest gets too.
+	add(ctx context.Context, ms []*supervisorv1.HostMount, guest *agentv1.CreateContainerRequest) (placed []*supervisorv1.HostMount, undo func(), err error)
 	show(standIn state.ProcessRef, req *agentv1.CreateContainerRequest) (*view, error)
 	close()
 }
@@ -154,7 +155,7 @@ func checkSharePath(id, p string) error {
 }
 
 // add implements sharer. undo takes back what was done, once; it is never nil.
-func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount, guest []*agentv1.Mount) (placed []*supervisorv1.HostMount, _ func(), err error) {
+func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount, guest *agentv1.CreateContainerRequest) (placed []*supervisorv1.HostMount, _ func(), err error) {
 	var done undo
 	undone := func() {
 		s.mu.Lock()
@@ -204,12 +205,16 @@ func (s *share) add(ctx context.Context, ms []*supervisorv1.HostMount, guest []*
 		if !isVolume(m) {
 			placed = append(placed, m)
 			done.add(func() { s.remove(m.SharePath) })
-			if _, err := s.put(m, sources[i]); err != nil {
+			st, err := s.put(m, sources[i])
+			if err != nil {
 				return nil, undone, fmt.Errorf("%s: share %s: %w", m.Field, m.Source, err)
+			}
+			if m.Field == rootField {
+				s.keepRoot(&st, guest.GetRootfs())
 			}
 			continue
 		}
-		u := s.use(m, guest)
+		u := s.use(m, guest.GetMounts())
 		uses, placed = append(uses, u), append(placed, u.host)
 		done.add(func() { s.release(u.volume) })
 		st, err := s.put(u.host, sources[i])

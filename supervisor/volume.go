@@ -57,8 +57,26 @@ type fileID struct {
 
 type device struct{ major, minor uint32 }
 
-func (v *volume) identify(st *unix.Statx_t) {
-	v.root, v.mount = fileID{device{st.Dev_major, st.Dev_minor}, st.Ino}, st.Mnt_id
+func idOf(st *unix.Statx_t) fileID { return fileID{device{st.Dev_major, st.Dev_minor}, st.Ino} }
+
+func (v *volume) identify(st *unix.Statx_t) { v.root, v.mount = idOf(st), st.Mnt_id }
+
+// keepRoot lets the guest keep what it looks up and reads of a root file system, if
+// that is wished for, once: another container with the same directory, now or
+// later, would be shown it by the place of the first, which goes with that.
+func (s *share) keepRoot(st *unix.Statx_t, r *agentv1.Rootfs) {
+	if r.GetShareTag() != agentv1.CachedShareTag {
+		return
+	}
+	id := idOf(st)
+	if s.roots[id] {
+		r.ShareTag = agentv1.ShareTag
+		return
+	}
+	if s.roots == nil {
+		s.roots = make(map[fileID]bool)
+	}
+	s.roots[id] = true
 }
 
 // volumeUse is a volume in one place of a container that is being made.

@@ -104,7 +104,7 @@ func (v *volumes) add(id string, sources ...string) (paths []string, undo func()
 		}
 		ms, guest = append(ms, m), append(guest, g)
 	}
-	placed, undo, err := v.s.add(v.t.Context(), ms, guest)
+	placed, undo, err := v.s.add(v.t.Context(), ms, &agentv1.CreateContainerRequest{Mounts: guest})
 	if err != nil {
 		v.t.Error(err)
 		return make([]string, len(sources)), undo
@@ -187,7 +187,7 @@ func TestVolumeUndo(t *testing.T) {
 			"no such file":    {Source: "/x-absent", SharePath: "d/mounts/2/x", Field: "mounts[2].source"},
 			"not a directory": {Source: file, SharePath: "d/rootfs", Field: rootField},
 		} {
-			guest := []*agentv1.Mount{{ShareTag: agentv1.ShareTag, SharePath: "d/mounts/0/a"}}
+			guest := &agentv1.CreateContainerRequest{Mounts: []*agentv1.Mount{{ShareTag: agentv1.ShareTag, SharePath: "d/mounts/0/a"}}}
 			_, undoD, err := v.s.add(t.Context(), []*supervisorv1.HostMount{
 				{Source: a, SharePath: "d/mounts/0/a", Recursive: true, Field: "mounts[0].source"},
 				{Source: b, SharePath: "d/mounts/1/b", Recursive: true, Field: "mounts[1].source"},
@@ -341,6 +341,31 @@ func TestVolumeKept(t *testing.T) {
 			t.Error("what is not there is a volume")
 		}
 		undo5()
+	})
+}
+
+// Of a root file system the guest keeps something for one container only.
+func TestRootKept(t *testing.T) {
+	withVolumes(t, func(v *volumes) {
+		a, b := v.mkdir("a"), v.mkdir("b")
+		for _, tc := range []struct {
+			id, source, tag string
+			want            string
+		}{
+			{"c", a, agentv1.CachedShareTag, agentv1.CachedShareTag},
+			{"d", a, agentv1.CachedShareTag, agentv1.ShareTag},
+			{"e", b, agentv1.ShareTag, agentv1.ShareTag},
+			{"f", b, agentv1.CachedShareTag, agentv1.CachedShareTag},
+			{"g", b, agentv1.ShareTag, agentv1.ShareTag},
+			{"h", a, agentv1.CachedShareTag, agentv1.ShareTag}, // and c is gone
+		} {
+			req := &agentv1.CreateContainerRequest{Rootfs: &agentv1.Rootfs{ShareTag: tc.tag}}
+			_, undo, err := v.s.add(t.Context(), []*supervisorv1.HostMount{{Source: tc.source, SharePath: tc.id + "/rootfs", ReadOnly: true, Field: rootField}}, req)
+			if err != nil || req.Rootfs.ShareTag != tc.want {
+				t.Errorf("container %s has the root as %q, want %q (%v)", tc.id, req.Rootfs.ShareTag, tc.want, err)
+			}
+			undo()
+		}
 	})
 }
 
