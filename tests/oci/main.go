@@ -203,7 +203,7 @@ func runAll(ctx context.Context, s *suite, runtimes []oci, filter *regexp.Regexp
 	for range jobs {
 		wg.Go(func() {
 			for p := range queue {
-				shared := strings.HasPrefix(p, "linux_cgroups_")
+				shared := sharesCgroup(p)
 				if shared {
 					cgroup.Lock()
 				}
