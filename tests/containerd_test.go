@@ -244,7 +244,7 @@ func (d *daemon) pod(bundle, id string) *podShim {
 		d.r.t.Fatal(err)
 	}
 	p.pid = int(resp.ShimPid)
-	*d.r.ends = append(*d.r.ends, func() { _ = unix.Kill(p.pid, unix.SIGKILL) })
+	d.r.killAtEnd(p.pid)
 	return p
 }
 
@@ -267,7 +267,19 @@ func (p *podShim) end() {
 		p.r.t.Errorf("shutdown: %v", err)
 	}
 	awaitEnd(p.r.t, fd)
-	*p.r.ends = nil
+}
+
+// killAtEnd kills a process at the end of the test, if it lives then.
+func (r *rt) killAtEnd(pid int) {
+	r.t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.atEnd(func() {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		_ = unix.Close(fd)
+	})
 }
 
 // awaitEnd waits for the end of a process.
@@ -532,7 +544,7 @@ func TestShimLife(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		*d.r.ends = append(*d.r.ends, func() { _ = unix.Kill(int(resp.ShimPid), unix.SIGKILL) })
+		d.r.killAtEnd(int(resp.ShimPid))
 		fd, err := unix.PidfdOpen(int(resp.ShimPid), 0)
 		if err != nil {
 			t.Fatal(err)
@@ -561,7 +573,6 @@ func TestShimLife(t *testing.T) {
 			t.Error(err)
 		}
 		awaitEnd(t, fd)
-		*d.r.ends = nil
 	})
 }
 
@@ -857,7 +868,6 @@ func TestShimKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitEnd(t, fd)
-	*r.ends = nil
 	r.waitStatus(id, "stopped")
 
 	cmd := d.command(dir, id, "-bundle", dir, "delete")
