@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -503,29 +502,6 @@ func TestFeatures(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &f); err != nil || f.OCIVersionMin == "" || len(f.Linux.Namespaces) == 0 {
 		t.Errorf("%v: %s", err, out)
 	}
-}
-
-func TestSignalsEndAContext(t *testing.T) {
-	ctx, s := catchSignals(t.Context())
-	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	<-ctx.Done()
-	if err := context.Cause(ctx); codeOf(err) != 143 || !strings.Contains(err.Error(), "interrupted by signal 15") {
-		t.Errorf("%v", err)
-	}
-	s.end()
-
-	ctx, s = catchSignals(t.Context())
-	got := make(chan syscall.Signal, 1)
-	s.forward(func(sig syscall.Signal) { got <- sig })
-	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR1); err != nil {
-		t.Fatal(err)
-	}
-	if sig := <-got; sig != syscall.SIGUSR1 || ctx.Err() != nil {
-		t.Errorf("%v, %v", sig, ctx.Err())
-	}
-	s.end()
 }
 
 func TestGuestImageIsMissing(t *testing.T) {

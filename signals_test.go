@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -30,6 +32,25 @@ func TestEarlySignals(t *testing.T) {
 	}
 }
 
+// TestForwardedSignal: once there is a process, a signal goes to it.
+func TestForwardedSignal(t *testing.T) {
+	ctx, s := catchSignals(t.Context())
+	defer s.end()
+	got := make(chan syscall.Signal, 16)
+	s.forward(func(n syscall.Signal) { got <- n })
+	<-s.ready // a program runs from here on
+	if err := unix.Kill(unix.Getpid(), unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	for <-got != unix.SIGUSR1 { // an earlier test's may come before it
+	}
+	if ctx.Err() != nil {
+		t.Errorf("the command was ended: %v", ctx.Err())
+	}
+}
+
+// TestEndingSignal: before there is a process, a signal that ends a command is
+// caught from the first moment.
 func TestEndingSignal(t *testing.T) {
 	ctx, s := catchSignals(t.Context())
 	defer s.end()
@@ -37,4 +58,7 @@ func TestEndingSignal(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-ctx.Done()
+	if err := context.Cause(ctx); codeOf(err) != 143 || !strings.Contains(err.Error(), "interrupted by signal 15") {
+		t.Errorf("%v", err)
+	}
 }
