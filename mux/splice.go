@@ -85,9 +85,14 @@ func (s *splice) up() {
 	}
 }
 
+// write sends chunks. A reset is the last thing that the other side takes: what up
+// had read before one from the other side came is lost, as with one connection.
 func (s *splice) write(p []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.broken {
+		return net.ErrClosed
+	}
 	_, err := s.stream.Write(p)
 	return err
 }

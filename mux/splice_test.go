@@ -154,6 +154,25 @@ func TestSpliceClientGoes(t *testing.T) {
 	wait()
 }
 
+// Bytes that were read before a reset from the other side do not follow it there,
+// where they would be no chunk.
+func TestSpliceNothingAfterReset(t *testing.T) {
+	_, conn := tcpPair(t)
+	var sent bytes.Buffer
+	s := splice{conn: conn, stream: given{nil, &sent}}
+	if err := s.write([]byte("\x00\x01x")); err != nil {
+		t.Fatal(err)
+	}
+	s.reset()
+	if err := s.write([]byte("\x00\x01y")); !errors.Is(err, net.ErrClosed) {
+		t.Error(err)
+	}
+	s.reset()
+	if got := sent.String(); got != "\x00\x01x\xff\xff" {
+		t.Errorf("sent %q", got)
+	}
+}
+
 // given is a stream of which one side is given.
 type given struct {
 	io.Reader
