@@ -1,15 +1,14 @@
 package agent
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/hyperhq/runv/api/agent/v1"
@@ -106,12 +105,12 @@ func (g *Guest) ForgetShared(names []string) {
 	if !g.submounts.Load() {
 		return
 	}
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	all, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		g.log.Printf("forget the shared files %q: %v", names, err)
 		return
 	}
-	for _, p := range slices.Backward(sharedMounts(text, names)) {
+	for _, p := range slices.Backward(sharedMounts(all, names)) {
 		if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			g.log.Printf("unmount %s: %v", p, err)
 		}
@@ -123,40 +122,18 @@ func (g *Guest) ForgetShared(names []string) {
 }
 
 // sharedMounts returns the mount points below the shares whose paths begin with one
-// of the names, in the order of /proc/self/mountinfo (proc_pid_mountinfo(5)): what
-// is above another comes first.
-func sharedMounts(mountinfo []byte, names []string) []string {
+// of the names, in the kernel's order: what is above another comes first.
+func sharedMounts(all []*mountinfo.Info, names []string) []string {
 	var out []string
-	for line := range bytes.Lines(mountinfo) {
-		fields := strings.Fields(string(line))
-		if len(fields) < 5 {
-			continue
-		}
-		p := unescapeMount(fields[4])
-		rel, ok := strings.CutPrefix(p, agentv1.ShareDir+"/")
+	for _, m := range all {
+		rel, ok := strings.CutPrefix(m.Mountpoint, agentv1.ShareDir+"/")
 		if !ok {
 			continue
 		}
 		// TAG/NAME/…
 		if parts := strings.SplitN(rel, "/", 3); len(parts) == 3 && slices.Contains(names, parts[1]) && parts[0] != agentv1.DiskTag {
-			out = append(out, p)
+			out = append(out, m.Mountpoint)
 		}
 	}
 	return out
-}
-
-// unescapeMount undoes the kernel's way to write white space and backslashes.
-func unescapeMount(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }

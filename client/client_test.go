@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -85,8 +84,8 @@ func fakeSupervisor(args []string) {
 		panic(err)
 	}
 	if fault == "crash-in-create" {
-		for len(s.Calls()) == 0 {
-			runtime.Gosched()
+		if err := s.Await(context.Background(), func(string) bool { return true }); err != nil {
+			panic(err)
 		}
 		if hook := os.Getenv("RUNV_TEST_HOOK"); hook != "" {
 			r := &state.Record{

@@ -1,17 +1,16 @@
 package client
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"sort"
-	"strconv"
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/hyperhq/runv/state"
@@ -124,12 +123,13 @@ func (c *Client) leftover(id string) (l *Leftover, alive bool, err error) {
 // supervisor's are in a mount namespace of its own and vanish with it; these
 // were made by a supervisor inside another program.
 func (c *Client) staleMounts(live map[string]bool) ([]*Leftover, error) {
-	points, err := mountPoints("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return nil, fmt.Errorf("look for leftovers: %w", err)
 	}
 	var found []*Leftover
-	for _, p := range points {
+	for _, m := range mounts {
+		p := m.Mountpoint
 		below, ok := strings.CutPrefix(p, c.o.Store.Root()+"/")
 		id, _, deeper := strings.Cut(below, "/")
 		if !ok || !deeper || live[id] || state.ValidateID(id) != nil {
@@ -151,40 +151,4 @@ func (c *Client) staleMounts(live map[string]bool) ([]*Leftover, error) {
 	// The deepest first.
 	sort.SliceStable(found, func(i, j int) bool { return strings.Count(found[i].Name, "/") > strings.Count(found[j].Name, "/") })
 	return found, nil
-}
-
-// mountPoints lists those of a mountinfo file, see proc_pid_mountinfo(5).
-func mountPoints(file string) ([]string, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var points []string
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 5 {
-			continue
-		}
-		points = append(points, unescape(fields[4]))
-	}
-	return points, lines.Err()
-}
-
-// unescape undoes the kernel's \ooo for blanks and backslashes in paths.
-func unescape(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }

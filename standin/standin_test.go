@@ -355,13 +355,15 @@ func TestTerminalSize(t *testing.T) {
 	expect("size 132x50")
 	// Hanging up the terminal is a SIGHUP to its session.
 	_ = master.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := p.server.Await(ctx, func(call string) bool { return call == "Signal 1" }); err != nil {
+		t.Errorf("no SIGHUP in %v", p.server.Calls())
+	}
 	_ = cmd.Process.Signal(unix.SIGTERM)
 	_ = cmd.Wait()
 	if exitSignal(cmd) != unix.SIGTERM {
 		t.Errorf("ended with %s", cmd.ProcessState)
-	}
-	if !slices.Contains(p.server.Calls(), "Signal 1") {
-		t.Errorf("no SIGHUP in %v", p.server.Calls())
 	}
 }
 

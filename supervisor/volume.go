@@ -1,14 +1,13 @@
 package supervisor
 
 import (
-	"bytes"
 	"fmt"
-	"os"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -137,7 +136,7 @@ func (s *share) release(v *volume) {
 // join replaces volumes that have just been mounted by those of the pod that show
 // the same, and adds what is left to these.
 func (s *share) join(uses []*volumeUse) error {
-	var mounts []mountEntry // read when there is a reason to
+	var mounts []*mountinfo.Info // read when there is a reason to
 	for _, u := range uses {
 		kept := u.guest != nil && u.guest.ShareTag == agentv1.CachedShareTag
 		if kept && s.stale[u.volume.root.dev] {
@@ -149,11 +148,10 @@ func (s *share) join(uses []*volumeUse) error {
 				continue
 			}
 			if mounts == nil {
-				text, err := os.ReadFile("/proc/thread-self/mountinfo")
-				if err != nil {
+				var err error
+				if mounts, err = mountinfo.GetMounts(nil); err != nil {
 					return fmt.Errorf("compare volumes: %w", err)
 				}
-				mounts = parseMounts(text)
 			}
 			old, its := mountTree(mounts, v.mount), mountTree(mounts, u.volume.mount)
 			if old != nil && slices.Equal(old, its) {
@@ -176,48 +174,29 @@ func (s *share) join(uses []*volumeUse) error {
 	return nil
 }
 
-// mountEntry is what /proc/PID/mountinfo says of a mount (proc_pid_mountinfo(5)).
+// mountEntry is what a mount shows.
 type mountEntry struct {
-	id      uint64
-	at      string // with the kernel's escapes
+	at      string // below the root of its tree
 	of      string // the file system and what of it
 	options string // of the mount; the first is "ro" or "rw"
-}
-
-func parseMounts(text []byte) []mountEntry {
-	var all []mountEntry
-	for line := range bytes.Lines(text) {
-		f := strings.Fields(string(line))
-		if len(f) < 6 {
-			continue
-		}
-		id, err := strconv.ParseUint(f[0], 10, 64)
-		if err != nil {
-			continue
-		}
-		all = append(all, mountEntry{id: id, at: f[4], of: f[2] + " " + f[3], options: f[5]})
-	}
-	return all
 }
 
 // mountTree returns the mount with an id and all below it, as one sees them from
 // its root; nil if there is none, or what they show was removed. Two that are
 // equal show the same files in the same way: while a mount is there, no other file
 // system has the number of its own, and no other file the path of its root in that.
-func mountTree(all []mountEntry, id uint64) []mountEntry {
-	i := slices.IndexFunc(all, func(m mountEntry) bool { return m.id == id })
+func mountTree(all []*mountinfo.Info, id uint64) []mountEntry {
+	i := slices.IndexFunc(all, func(m *mountinfo.Info) bool { return uint64(m.ID) == id })
 	if i < 0 {
 		return nil
 	}
-	top := all[i].at
 	var tree []mountEntry
 	for _, m := range all {
-		if rel, ok := strings.CutPrefix(m.at, top); ok && (rel == "" || rel[0] == '/') {
-			if strings.HasSuffix(m.of, "//deleted") {
+		if rel, ok := strings.CutPrefix(m.Mountpoint, all[i].Mountpoint); ok && (rel == "" || rel[0] == '/') {
+			if strings.HasSuffix(m.Root, "//deleted") {
 				return nil
 			}
-			m.id, m.at = 0, rel
-			tree = append(tree, m)
+			tree = append(tree, mountEntry{at: rel, of: fmt.Sprintf("%d:%d %s", m.Major, m.Minor, m.Root), options: m.Options})
 		}
 	}
 	return tree

@@ -89,6 +89,7 @@ type Server struct {
 	procs   map[string]*Process
 	known   chan struct{} // closed and replaced when procs grows
 	calls   []string
+	calling chan struct{} // closed and replaced when calls grows
 	records map[string]*state.Record
 	conns   map[net.Conn]bool
 }
@@ -98,7 +99,7 @@ func New() *Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Server{
 		ctx: ctx, cancel: cancel,
-		procs: map[string]*Process{}, known: make(chan struct{}),
+		procs: map[string]*Process{}, known: make(chan struct{}), calling: make(chan struct{}),
 		records: map[string]*state.Record{}, conns: map[net.Conn]bool{},
 	}
 }
@@ -182,6 +183,25 @@ func (s *Server) called(format string, a ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.calls = append(s.calls, fmt.Sprintf(format, a...))
+	close(s.calling)
+	s.calling = make(chan struct{})
+}
+
+// Await waits for a call, as Calls has it.
+func (s *Server) Await(ctx context.Context, is func(call string) bool) error {
+	for {
+		s.mu.Lock()
+		there, calling := slices.ContainsFunc(s.calls, is), s.calling
+		s.mu.Unlock()
+		if there {
+			return nil
+		}
+		select {
+		case <-calling:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // Add makes a process known, and starts it if started is true.
