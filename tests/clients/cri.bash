@@ -108,10 +108,17 @@ t_exec_timeout() {
 	local begin=$SECONDS
 	! k exec -s --timeout 2 "$user" sleep 61 && [ $((SECONDS - begin)) -lt 20 ] && until_true 5 eval '! inside ps | grep "sleep 61"'
 }
+# hears WORD says it, again if need be: containerd passes the input on before it
+# gives the output.
+hears() {
+	echo "$1"
+	grep -q "heard $1" "$work/attached"
+}
 t_attach() {
 	mainpod && container main talker 'echo ready; while read l; do echo heard \"$l\"; done; echo end' '"stdin":true' || return
 	local talker=$id
-	( echo one; echo two; until_true 20 grep -q 'heard two' "$work/attached" ) | k attach -i "$talker" >"$work/attached"
+	: >"$work/attached" # of another runtime, before anybody reads it
+	(until_true 20 hears one; until_true 20 hears two) | k attach -i "$talker" >"$work/attached"
 	grep -q 'heard one' "$work/attached" && until_true 10 grep -q 'heard two' "$work/pods/$r/main/logs/talker.log"
 }
 t_attach_output() {

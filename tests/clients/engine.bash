@@ -108,6 +108,7 @@ t_ps() { sees "$r-d" ps; }
 logged() { D logs "$1" | grep -qx "$2"; }
 t_logs() { soon logged "$r-d" started && [ "$(D logs --tail 1 "$r-d")" = started ]; }
 t_logs_follow() {
+	: >"$work/follow" # of another runtime, before anybody reads it
 	timeout 120 "${client[@]}" logs -f "$r-d" >"$work/follow" 2>/dev/null &
 	local pid=$! ok
 	soon grep -qx started "$work/follow" && D kill -s USR2 "$r-d" && soon grep -qx usr2 "$work/follow"
