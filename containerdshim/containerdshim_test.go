@@ -324,11 +324,51 @@ func fifo(t *testing.T, name string) string {
 	return path
 }
 
-// A process's output waits for a reader; its input ends when the shim and all
-// writers have closed it.
+// A process waits for who reads its output, so that this gets all of it also when
+// the process has ended at once.
+func TestReaderComesLate(t *testing.T) {
+	type read struct {
+		text string
+		err  error
+	}
+	out, errs := fifo(t, "out"), fifo(t, "err")
+	got := make(chan read, 2)
+	for _, path := range []string{out, errs} {
+		time.AfterFunc(20*time.Millisecond, func() {
+			b, err := os.ReadFile(path)
+			got <- read{string(b), err}
+		})
+	}
+	x, err := openStdio(t.Context(), streams{out: out, err: errs}, "c", "ns")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.close()
+	for _, f := range []*os.File{x.Out, x.Err} {
+		if _, err := f.WriteString("said"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x.release()
+	for range 2 {
+		select {
+		case r := <-got:
+			if r.text != "said" || r.err != nil {
+				t.Errorf("%q, %v", r.text, r.err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("a reader got nothing, not even the end")
+		}
+	}
+}
+
+// A process without a reader does not wait for ever: its output does; its input ends
+// when the shim and all writers have closed it.
 func TestFifos(t *testing.T) {
 	in, out := fifo(t, "in"), fifo(t, "out")
-	x, err := openStdio(streams{in: in, out: out}, "c", "ns")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	x, err := openStdio(ctx, streams{in: in, out: out}, "c", "ns")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -384,7 +424,7 @@ cat <&3 >` + dir + `/out; cat <&4 >` + dir + `/err
 	}
 	for _, scheme := range []string{"binary", "binary-v2"} {
 		uri := scheme + "://" + script + "?b=2&a=1"
-		x, err := openStdio(streams{out: uri, err: uri}, "c", "ns")
+		x, err := openStdio(t.Context(), streams{out: uri, err: uri}, "c", "ns")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -400,14 +440,14 @@ cat <&3 >` + dir + `/out; cat <&4 >` + dir + `/err
 	if err := os.WriteFile(script, []byte("#!/bin/sh\nexit 1\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openStdio(streams{out: "binary-v2://" + script}, "c", "ns"); err == nil || !strings.Contains(err.Error(), "before it was ready") {
+	if _, err := openStdio(t.Context(), streams{out: "binary-v2://" + script}, "c", "ns"); err == nil || !strings.Contains(err.Error(), "before it was ready") {
 		t.Error(err)
 	}
 }
 
 func TestStdioErrors(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "sub", "log")
-	x, err := openStdio(streams{out: "file://" + log}, "c", "ns")
+	x, err := openStdio(t.Context(), streams{out: "file://" + log}, "c", "ns")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -426,7 +466,7 @@ func TestStdioErrors(t *testing.T) {
 		{streams{out: "file:relative"}, "no absolute path"},
 		{streams{err: "binary:///bin/true"}, "must be named for stdout, too"},
 	} {
-		if _, err := openStdio(tc.s, "c", "ns"); err == nil || !strings.Contains(err.Error(), tc.want) {
+		if _, err := openStdio(t.Context(), tc.s, "c", "ns"); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%+v: %v, want %q", tc.s, err, tc.want)
 		}
 	}

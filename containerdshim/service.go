@@ -276,7 +276,7 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	addr := streams{in: r.Stdin, out: r.Stdout, err: r.Stderr, terminal: r.Terminal}
 	req.Container.Process.Terminal = r.Terminal
-	x, err := openStdio(addr, r.ID, s.o.Namespace)
+	x, err := openStdio(ctx, addr, r.ID, s.o.Namespace)
 	if err != nil {
 		return nil, invalid("%v", err)
 	}
@@ -366,7 +366,7 @@ func (s *service) startExec(ctx context.Context, p *process) (err error) {
 	if t.init.current() == exited {
 		return wrongState("container %s is not running", t.id)
 	}
-	x, err := openStdio(p.addr, t.id, s.o.Namespace)
+	x, err := openStdio(ctx, p.addr, t.id, s.o.Namespace)
 	if err != nil {
 		return invalid("%v", err)
 	}

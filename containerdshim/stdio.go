@@ -1,6 +1,7 @@
 package containerdshim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,12 +10,16 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/hyperhq/runv/client"
 )
+
+// readerLimit is how long a process waits for those who read its fifos.
+const readerLimit = 10 * time.Second
 
 // loggerReady is how long a logging program may take to say that it is ready,
 // and loggerEnd how long to end when it has all of the output.
@@ -44,8 +49,8 @@ type stdio struct {
 	logger *logger // nil without one
 }
 
-// openStdio opens what s names. It does not wait for anybody at the other ends.
-func openStdio(s streams, id, namespace string) (_ *stdio, err error) {
+// openStdio opens what s names. For those who read fifos it waits for a while.
+func openStdio(ctx context.Context, s streams, id, namespace string) (_ *stdio, err error) {
 	x := new(stdio)
 	defer func() {
 		if err != nil {
@@ -76,10 +81,12 @@ func openStdio(s streams, id, namespace string) (_ *stdio, err error) {
 		}
 		return x, nil
 	}
-	if x.Out, err = out.open(); err != nil {
+	limit, cancel := context.WithTimeout(ctx, readerLimit)
+	defer cancel()
+	if x.Out, err = out.open(limit); err != nil {
 		return nil, fmt.Errorf("stdout: %w", err)
 	}
-	if x.Err, err = errs.open(); err != nil {
+	if x.Err, err = errs.open(limit); err != nil {
 		return nil, fmt.Errorf("stderr: %w", err)
 	}
 	return x, nil
@@ -181,7 +188,7 @@ func outputOf(address string) (output, error) {
 func (o output) program() bool { return o.scheme == "binary" || o.scheme == "binary-v2" }
 
 // open returns nil for no output.
-func (o output) open() (*os.File, error) {
+func (o output) open(ctx context.Context) (*os.File, error) {
 	switch {
 	case o.scheme == "":
 		return nil, nil
@@ -201,9 +208,57 @@ func (o output) open() (*os.File, error) {
 	if !fifo {
 		return os.OpenFile(o.path, os.O_WRONLY|os.O_APPEND, 0)
 	}
-	// For reading too: a process whose reader has gone waits for the next one,
-	// as after a restart of containerd, instead of dying of SIGPIPE.
-	return openFifo(o.path, unix.O_RDWR)
+	return openRead(ctx, o.path)
+}
+
+// openRead opens a fifo for output when somebody reads it, or when ctx ends. Its
+// reader has been told to open it before the process was asked for, but may not
+// have come to it: what a process wrote that has ended before would be lost, with
+// the last descriptor of the fifo.
+//
+// It is opened for reading too: a process whose reader has gone waits for the next
+// one, as after a restart of containerd, instead of dying of SIGPIPE.
+func openRead(ctx context.Context, path string) (*os.File, error) {
+	// All that is opened is the same fifo, whatever becomes of its path.
+	handle, err := openFifo(path, unix.O_PATH)
+	if err != nil {
+		return nil, err
+	}
+	defer handle.Close()
+	path = "/proc/self/fd/" + strconv.Itoa(int(handle.Fd()))
+	// The reader must not see it without a writer from here on.
+	first, err := openFifo(path, unix.O_WRONLY|unix.O_NONBLOCK)
+	if !errors.Is(err, unix.ENXIO) {
+		if err != nil {
+			return nil, err
+		}
+		defer first.Close()
+		return openFifo(path, unix.O_RDWR)
+	}
+	come := make(chan struct{})
+	go func() {
+		defer close(come)
+		first, err = openFifo(path, unix.O_WRONLY)
+	}()
+	select {
+	case <-come:
+	case <-ctx.Done():
+	}
+	both, errBoth := openFifo(path, unix.O_RDWR) // a reader itself, in any case
+	if errBoth != nil {
+		go func() { // with the reader, if one comes
+			<-come
+			_ = first.Close() // nil does no harm
+		}()
+		return nil, errBoth
+	}
+	<-come
+	if err != nil {
+		_ = both.Close()
+		return nil, err
+	}
+	_ = first.Close()
+	return both, nil
 }
 
 // release lets go of what the stand-in has its own copies of.
