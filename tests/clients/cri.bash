@@ -100,7 +100,17 @@ t_hostname() { mainpod && [ "$(inside hostname)" = main ] && [ "$(k exec "$web" 
 t_logs() { mainpod && until_true 10 eval 'k logs "$user" 2>/dev/null | grep -q ticks' && grep -q 'stderr F wrong' "$work/pods/$r/main/logs/user.log" && [ "$(k logs --tail 1 "$user")" = ticks ]; }
 t_exec() { mainpod && [ "$(inside echo inside)" = inside ]; }
 t_exec_stdin() { mainpod && [ "$(head -c 1000000 /dev/zero | k exec -i "$user" wc -c)" = 1000000 ]; }
-t_exec_tty() { mainpod && script -qec "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" tty)" /dev/null </dev/null | grep -q /dev/pts; }
+# Of a terminal whose input has ended containerd takes no output any more, and script
+# ends that of who is not there to type.
+t_exec_tty() {
+	mainpod || return
+	rm -f "$work/ended"
+	until_true 60 test -e "$work/ended" | {
+		script -qec "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" tty)" /dev/null >"$work/typescript"
+		: >"$work/ended"
+	}
+	grep -q /dev/pts "$work/typescript"
+}
 t_exec_sync() { mainpod && [ "$(k exec -s "$user" echo inside | head -1)" = inside ]; }
 t_exec_code() { mainpod && ! inside sh -c 'exit 7' && grep -Eq 'exit (status|code) 7|code 7' "$work/err"; }
 t_exec_timeout() {
