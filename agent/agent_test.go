@@ -848,13 +848,19 @@ func TestSessionLost(t *testing.T) {
 
 func TestDelete(t *testing.T) {
 	f := newFixture(t)
-	req := shellContainer("c", "echo never read; exec sleep 1000", &agentv1.Stdio{Stdin: true, Stdout: true, Stderr: true})
+	req := shellContainer("c", "echo never read; read x; echo $x >&2; exec sleep 1000", &agentv1.Stdio{Stdin: true, Stdout: true, Stderr: true})
 	req.Domainname = "destroy once"
 	if _, err := f.CreateContainer(f.ctx, req); err != nil {
 		t.Fatal(err)
 	}
 	f.start("c")
-	in := f.stdio("c", "", stdin)
+	in, errs := f.stdio("c", "", stdin), f.stdio("c", "", stderr)
+	_, _ = io.WriteString(in, "heard\n") // the stream has come
+	if b := make([]byte, 6); true {
+		if _, err := io.ReadFull(errs, b); err != nil || string(b) != "heard\n" {
+			t.Fatalf("%q, %v", b, err)
+		}
+	}
 	_, err := f.DeleteContainer(f.ctx, &agentv1.DeleteContainerRequest{ContainerId: "c"})
 	wantCode(t, "delete", err, codes.Internal, "fake failure")
 	waited := make(chan error, 1)
