@@ -806,6 +806,15 @@ func TestSignalBeforeStart(t *testing.T) {
 	wantCode(t, "start", err, codes.FailedPrecondition, "has stopped")
 }
 
+// reads wants a text to come next.
+func reads(t *testing.T, r io.Reader, want string) {
+	t.Helper()
+	b := make([]byte, len(want))
+	if _, err := io.ReadFull(r, b); err != nil || string(b) != want {
+		t.Fatalf("got %q, %v, want %q", b, err, want)
+	}
+}
+
 // TestSessionLost takes the connection away from a process and gives it another.
 func TestSessionLost(t *testing.T) {
 	f := newFixture(t)
@@ -830,11 +839,7 @@ func TestSessionLost(t *testing.T) {
 	f.hello(f.ctx)
 	in, out = f.stdio("c", "", stdin), f.stdio("c", "", stdout)
 	_, _ = io.WriteString(in, "two\n")
-	if b := make([]byte, 8); true {
-		if _, err := io.ReadFull(out, b); err != nil || string(b) != "got two\n" {
-			t.Fatalf("%q, %v", b, err)
-		}
-	}
+	reads(t, out, "got two\n")
 	_ = in.Close()
 	rest := collect(out)
 	if r := f.wait("c", ""); r.ExitCode != 4 {
@@ -856,11 +861,7 @@ func TestDelete(t *testing.T) {
 	f.start("c")
 	in, errs := f.stdio("c", "", stdin), f.stdio("c", "", stderr)
 	_, _ = io.WriteString(in, "heard\n") // the stream has come
-	if b := make([]byte, 6); true {
-		if _, err := io.ReadFull(errs, b); err != nil || string(b) != "heard\n" {
-			t.Fatalf("%q, %v", b, err)
-		}
-	}
+	reads(t, errs, "heard\n")
 	_, err := f.DeleteContainer(f.ctx, &agentv1.DeleteContainerRequest{ContainerId: "c"})
 	wantCode(t, "delete", err, codes.Internal, "fake failure")
 	waited := make(chan error, 1)

@@ -50,10 +50,7 @@ func TestForward(t *testing.T) {
 	defer server.Close()
 	read := func(want string) {
 		t.Helper()
-		b := make([]byte, len(want))
-		if _, err := io.ReadFull(host, b); err != nil || string(b) != want {
-			t.Errorf("%q, %v, want %q", b, err, want)
-		}
+		reads(t, host, want)
 	}
 	read("\x00")
 	// There is room for one.

@@ -49,7 +49,7 @@ type stdio struct {
 	logger *logger // nil without one
 }
 
-// openStdio opens what s names. For those who read fifos it waits for a while.
+// openStdio opens what s names. It waits for those who read its fifos, see openRead.
 func openStdio(ctx context.Context, s streams, id, namespace string) (_ *stdio, err error) {
 	x := new(stdio)
 	defer func() {

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	supervisorv1 "github.com/hyperhq/runv/api/supervisor/v1"
@@ -193,15 +194,13 @@ func describe(t *testing.T, dir string) string {
 
 func mountPoints(t *testing.T) []string {
 	t.Helper()
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var points []string
-	for line := range strings.Lines(string(text)) {
-		if f := strings.Fields(line); len(f) > 4 {
-			points = append(points, f[4])
-		}
+	for _, m := range mounts {
+		points = append(points, m.Mountpoint)
 	}
 	return points
 }

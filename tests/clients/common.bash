@@ -169,6 +169,21 @@ until_true() {
 	done
 }
 
+# typed INPUT COMMAND-LINE runs that with a terminal where INPUT is typed and nothing
+# else, not even its end. What it shows is in $work/typescript.
+typed() {
+	rm -f "$work/ended"
+	{
+		[ -z "$1" ] || echo "$1"
+		until_true 90 test -e "$work/ended"
+	} | {
+		script -qec "$2" /dev/null >"$work/typescript"
+		set -- $?
+		: >"$work/ended"
+		exit "$1"
+	}
+}
+
 # kept COMMAND…: its errors are in $work/err, and in the trace of the operation.
 kept() {
 	"$@" 2>"$work/err"

@@ -100,15 +100,10 @@ t_hostname() { mainpod && [ "$(inside hostname)" = main ] && [ "$(k exec "$web" 
 t_logs() { mainpod && until_true 10 eval 'k logs "$user" 2>/dev/null | grep -q ticks' && grep -q 'stderr F wrong' "$work/pods/$r/main/logs/user.log" && [ "$(k logs --tail 1 "$user")" = ticks ]; }
 t_exec() { mainpod && [ "$(inside echo inside)" = inside ]; }
 t_exec_stdin() { mainpod && [ "$(head -c 1000000 /dev/zero | k exec -i "$user" wc -c)" = 1000000 ]; }
-# Of a terminal whose input has ended containerd takes no output any more, and script
-# ends that of who is not there to type.
+# Of a terminal whose input has ended containerd takes no output any more.
 t_exec_tty() {
 	mainpod || return
-	rm -f "$work/ended"
-	until_true 60 test -e "$work/ended" | {
-		script -qec "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" tty)" /dev/null >"$work/typescript"
-		: >"$work/ended"
-	}
+	typed '' "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" tty)"
 	grep -q /dev/pts "$work/typescript"
 }
 t_exec_sync() { mainpod && [ "$(k exec -s "$user" echo inside | head -1)" = inside ]; }

@@ -27,21 +27,11 @@ is() { [ "$(state "$1" Status)" = "$2" ]; }
 sees() { local f=$1; shift; D "$@" | grep -Eq "$f"; }
 # soon COMMAND…: it is true before long, on a machine that is slow and busy too.
 soon() { until_true 90 "$@"; }
-# terminal INPUT COMMAND…: with a terminal of 17 lines and 91 columns, where INPUT is
-# typed and nothing else, not even its end.
+# terminal INPUT COMMAND…: with a terminal of 17 lines and 91 columns, see typed.
 terminal() {
 	local input=$1
 	shift
-	rm -f "$work/ended"
-	{
-		echo "$input"
-		soon test -e "$work/ended"
-	} | {
-		script -qec "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")" /dev/null >"$work/typescript"
-		set -- $?
-		: >"$work/ended"
-		exit "$1"
-	}
+	typed "$input" "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")"
 	set -- $?
 	tr -d '\r' <"$work/typescript"
 	return "$1"
