@@ -169,15 +169,18 @@ until_true() {
 	done
 }
 
-# typed INPUT COMMAND-LINE runs that with a terminal where INPUT is typed and nothing
-# else, not even its end. What it shows is in $work/typescript.
+# typed INPUT SEEN COMMAND-LINE runs that with a terminal where INPUT is typed when SEEN
+# is shown (at once if that is empty), and nothing else, not even its end. What it shows
+# is in $work/typescript.
 typed() {
 	rm -f "$work/ended"
+	: >"$work/typescript"
 	{
-		[ -z "$1" ] || echo "$1"
+		[ -z "$2" ] || until_true 60 grep -q "$2" "$work/typescript"
+		echo "$1"
 		until_true 90 test -e "$work/ended"
 	} | {
-		script -qec "$2" /dev/null >"$work/typescript"
+		script -qec "$3" /dev/null >>"$work/typescript"
 		set -- $?
 		: >"$work/ended"
 		exit "$1"

@@ -100,11 +100,11 @@ t_hostname() { mainpod && [ "$(inside hostname)" = main ] && [ "$(k exec "$web" 
 t_logs() { mainpod && until_true 10 eval 'k logs "$user" 2>/dev/null | grep -q ticks' && grep -q 'stderr F wrong' "$work/pods/$r/main/logs/user.log" && [ "$(k logs --tail 1 "$user")" = ticks ]; }
 t_exec() { mainpod && [ "$(inside echo inside)" = inside ]; }
 t_exec_stdin() { mainpod && [ "$(head -c 1000000 /dev/zero | k exec -i "$user" wc -c)" = 1000000 ]; }
-# Of a terminal whose input has ended containerd takes no output any more.
+# Of a terminal whose input has ended containerd takes no output any more, and CRI-O
+# none of a program that has ended: it ends when what it said is read.
 t_exec_tty() {
 	mainpod || return
-	typed '' "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" tty)"
-	grep -q /dev/pts "$work/typescript"
+	typed end /dev/pts "$(printf '%q ' timeout --foreground 60 "$cache/crictl" -c "$work/crictl.yaml" exec -it "$user" sh -c 'tty; read l; [ "$l" = end ]')"
 }
 t_exec_sync() { mainpod && [ "$(k exec -s "$user" echo inside | head -1)" = inside ]; }
 t_exec_code() { mainpod && ! inside sh -c 'exit 7' && grep -Eq 'exit (status|code) 7|code 7' "$work/err"; }

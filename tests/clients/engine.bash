@@ -31,7 +31,7 @@ soon() { until_true 90 "$@"; }
 terminal() {
 	local input=$1
 	shift
-	typed "$input" "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")"
+	typed "$input" '' "stty rows 17 cols 91; $(printf '%q ' timeout --foreground 120 "${client[@]}" "$@")"
 	set -- $?
 	tr -d '\r' <"$work/typescript"
 	return "$1"
