@@ -128,6 +128,22 @@ func (c *container) process(exec string) (*process, error) {
 	return p, nil
 }
 
+// processes are those that exist or have existed.
+func (c *container) processes() []*process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var ps []*process
+	if c.init != nil {
+		ps = append(ps, c.init)
+	}
+	for _, p := range c.execs {
+		if p.child != nil {
+			ps = append(ps, p)
+		}
+	}
+	return ps
+}
+
 // attach gives a stream to the process that it is for, or keeps it until that
 // process is made.
 func (a *Agent) attach(key streamKey, st *stream) error {
@@ -494,11 +510,23 @@ func (a *Agent) signal(req *agentv1.SignalProcessRequest) error {
 	if err != nil {
 		return err
 	}
+	tells := agentv1.TellsToEnd(req.Signal)
 	if req.All {
+		if tells {
+			for _, p := range c.processes() {
+				p.tellToEnd()
+			}
+		}
 		// Also after the init process's end: others may share its pid namespace.
 		return c.engine.Kill(sig, true)
 	}
+	if tells {
+		p.tellToEnd()
+	}
 	if p.ended() {
+		if tells && !p.over() {
+			return nil // the end of it is on its way
+		}
 		if req.ExecId == "" {
 			return errNotRunning
 		}

@@ -620,6 +620,54 @@ func TestBulkWithBackPressure(t *testing.T) {
 	f.wait("c", "")
 }
 
+// The output of a process that was killed or told to end does not wait for ever for
+// a host that does not read it.
+func TestUnreadOutput(t *testing.T) {
+	f := newFixture(t)
+	signal := func(id string, sig syscall.Signal) error {
+		_, err := f.SignalProcess(f.ctx, &agentv1.SignalProcessRequest{ContainerId: id, Signal: uint32(sig)})
+		return err
+	}
+	// What no longer fits into the window stays in the pipe.
+	big := fmt.Sprintf("head -c %d /dev/zero", agentv1.StreamWindow+chunk+1)
+	for _, tc := range []struct {
+		id, script string
+		then       []syscall.Signal
+		signal     uint32
+	}{
+		{"killed", "while echo y; do :; done", []syscall.Signal{syscall.SIGKILL}, uint32(syscall.SIGKILL)},
+		{"told", "while echo y; do :; done", []syscall.Signal{syscall.SIGTERM}, uint32(syscall.SIGTERM)},
+		{"ended", big, []syscall.Signal{syscall.SIGUSR1, syscall.SIGTERM}, 0},
+	} {
+		f.create(tc.id, tc.script, &agentv1.Stdio{Stdout: true})
+		out := f.stdio(tc.id, "", stdout)
+		f.start(tc.id)
+		if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		for _, sig := range tc.then {
+			if tc.id == "ended" {
+				p, err := f.agent.containers[tc.id].process("")
+				if err != nil {
+					t.Fatal(err)
+				}
+				<-p.child.Done()
+			}
+			err := signal(tc.id, sig)
+			if want := sig == syscall.SIGUSR1; (err != nil) != want {
+				t.Errorf("%s: signal %d: %v", tc.id, sig, err)
+			}
+		}
+		if r := f.wait(tc.id, ""); r.Signal != tc.signal {
+			t.Errorf("%s: ended with %v", tc.id, r)
+		}
+		if _, err := io.Copy(io.Discard, out); err != nil {
+			t.Errorf("%s: %v", tc.id, err)
+		}
+		_ = out.Close()
+	}
+}
+
 func TestReaderGone(t *testing.T) {
 	f := newFixture(t)
 	f.create("c", "while echo y; do :; done", &agentv1.Stdio{Stdout: true})

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -34,6 +35,8 @@ type process struct {
 	// asked is the signal that was asked for while the process could only be
 	// killed; guarded by the container's lock.
 	asked syscall.Signal
+	// toldToEnd is set when a signal came that does.
+	toldToEnd atomic.Bool
 
 	done      chan struct{} // closed when it has ended and its output is moved
 	result    *agentv1.WaitProcessResponse
@@ -139,6 +142,9 @@ func (p *process) begin(master *os.File, exited func() *agentv1.WaitProcessRespo
 		for _, s := range p.slots {
 			s.processExited()
 		}
+		if p.toldToEnd.Load() || p.result.GetSignal() == uint32(syscall.SIGKILL) {
+			p.dropUnread()
+		}
 		for _, s := range p.slots {
 			<-s.done
 		}
@@ -163,6 +169,21 @@ func (p *process) ended() bool {
 		return true
 	default:
 		return false
+	}
+}
+
+// tellToEnd notes that a signal came that does; also after the process's end, while
+// its output waits.
+func (p *process) tellToEnd() {
+	p.toldToEnd.Store(true)
+	if p.ended() {
+		p.dropUnread()
+	}
+}
+
+func (p *process) dropUnread() {
+	for _, s := range p.slots {
+		s.dropUnread()
 	}
 }
 

@@ -34,6 +34,7 @@ type slot struct {
 	then   *stream  // attached while the pump has not noticed that conn is lost
 	taken  bool     // a stream is or was attached and has not been lost
 	exited bool     // the process has ended
+	drop   bool     // it has, and output that the host does not take is to be dropped
 	gone   bool     // the host closed the stream of an output
 	stop   bool     // the container is being deleted
 	ended  bool     // the pump has ended
@@ -121,6 +122,23 @@ func (s *slot) processExited() {
 	defer s.mu.Unlock()
 	s.exited = true
 	s.interrupt()
+}
+
+// dropUnread lets what the process has left wait for a host that takes none of it
+// for UnreadLimit.
+func (s *slot) dropUnread() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drop = true
+	s.limitWrite(s.conn)
+}
+
+// limitWrite bounds the next write to st, and one that is under way, if the slot
+// drops; mu is held.
+func (s *slot) limitWrite(st *stream) {
+	if s.drop && st != nil && s.key.kind != agentv1.StreamHeader_KIND_STDIN {
+		_ = st.SetWriteDeadline(time.Now().Add(agentv1.UnreadLimit))
+	}
 }
 
 // abort ends the pump, whatever is left to move, and waits for it.
@@ -287,11 +305,15 @@ func (s *slot) copyOut(conn *stream, rest, buf []byte) (left []byte, over, open 
 			if conn.lost() {
 				return rest, false, false
 			}
+			s.mu.Lock()
+			s.limitWrite(conn)
+			s.mu.Unlock()
 			if _, err := conn.Write(rest); err != nil {
 				s.mu.Lock()
 				defer s.mu.Unlock()
 				// Bytes on the way when the session is lost may have arrived;
-				// they are not sent twice.
+				// they are not sent twice. Nor are those sent that the host did not
+				// take in time.
 				return nil, s.gone || s.stop || !conn.lost(), false
 			}
 		}

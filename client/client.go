@@ -271,8 +271,17 @@ func (c *Client) Start(ctx context.Context, id string) error {
 }
 
 // Kill sends a signal to a container's init process, with all to each of its
-// processes. Signal 0 asks whether it runs.
+// processes. Signal 0 asks whether it runs. A process that has ended, but whose
+// output nobody reads, is ended by what would have ended it.
 func (c *Client) Kill(ctx context.Context, id string, sig unix.Signal, all bool) error {
+	if agentv1.TellsToEnd(uint32(sig)) {
+		// The record says that it has stopped, and whoever waits for it waits for its
+		// stand-in.
+		ct, err := c.Get(id)
+		if err == nil && !ct.HalfMade && ct.Record.Status == state.Stopped && ct.StandIn.Signal(unix.SIGTERM) == nil {
+			return nil
+		}
+	}
 	return c.call(ctx, id, "container not running", func(s *conn, _ *Container) error {
 		_, err := s.Signal(ctx, &supervisorv1.SignalRequest{Id: id, Signal: uint32(sig), All: all})
 		return fromRPC(ctx, err)

@@ -349,7 +349,7 @@ func TestReaderComesLate(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	x.release()
+	x.closeFiles()
 	for range 2 {
 		select {
 		case r := <-got:
@@ -359,6 +359,48 @@ func TestReaderComesLate(t *testing.T) {
 		case <-time.After(20 * time.Second):
 			t.Fatal("a reader got nothing, not even the end")
 		}
+	}
+}
+
+// The end of a process is told when its output has been taken, if anybody takes it.
+func TestOutputIsTaken(t *testing.T) {
+	out := fifo(t, "out")
+	r, err := os.OpenFile(out, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	x, err := openStdio(t.Context(), streams{out: out}, "c", "ns")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.close()
+	const size = 60_000
+	if _, err := x.Out.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	x.release()
+	x.awaitTaken(t.Context()) // nobody takes any
+
+	read := make(chan int)
+	go func() {
+		n := 0
+		for b := make([]byte, size/20); n < size; time.Sleep(takenLimit / 10) {
+			m, err := r.Read(b)
+			if err != nil {
+				break
+			}
+			n += m
+		}
+		read <- n
+	}()
+	x.awaitTaken(t.Context())
+	left, err := unix.IoctlGetInt(int(x.fifos[0].Fd()), unix.TIOCINQ)
+	if err != nil || left != 0 {
+		t.Errorf("%d bytes are left, %v", left, err)
+	}
+	if n := <-read; n != size {
+		t.Errorf("%d bytes were read", n)
 	}
 }
 
@@ -405,7 +447,7 @@ func TestFifos(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	x.release()
+	x.closeFiles()
 	if b, err := io.ReadAll(r); err != nil || string(b) != "early" {
 		t.Errorf("%q, %v", b, err)
 	}

@@ -428,7 +428,7 @@ func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 		err = s.deleteTask(ctx, p.task)
 	} else {
 		if p.current() == exited {
-			err = p.drain(ctx)
+			err = p.letGo(ctx)
 		}
 		if err == nil {
 			p.task.forget(r.ExecID)
@@ -443,12 +443,8 @@ func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskap
 
 func (s *service) deleteTask(ctx context.Context, t *task) error {
 	if t.init.current() == exited {
-		// The end of a pod's own container cuts off who still reads.
-		if err := t.init.drain(ctx); err != nil {
-			return err
-		}
-		for _, p := range t.ended() {
-			if err := p.drain(ctx); err != nil {
+		for _, p := range append(t.ended(), t.init) {
+			if err := p.letGo(ctx); err != nil {
 				return err
 			}
 		}
@@ -471,7 +467,7 @@ func (s *service) deleteTask(ctx context.Context, t *task) error {
 	return nil
 }
 
-// ended are the execs whose output may still be on its way.
+// ended are the execs that have ended, and whose output a program may still have.
 func (t *task) ended() []*process {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -21,6 +21,13 @@ import (
 // readerLimit is how long a process waits for those who read its fifos.
 const readerLimit = 10 * time.Second
 
+// takenLimit is how long the end of a process waits for a reader that takes nothing
+// of what is in a fifo, and takenStep how often that is looked at.
+const (
+	takenLimit = 200 * time.Millisecond
+	takenStep  = 5 * time.Millisecond
+)
+
 // loggerReady is how long a logging program may take to say that it is ready,
 // and loggerEnd how long to end when it has all of the output.
 const (
@@ -39,6 +46,8 @@ type streams struct {
 // output as its own descriptors, so that nothing of it is copied here.
 type stdio struct {
 	client.Stdio
+	// fifos are those of the output; closeFiles closes them.
+	fifos []*os.File
 	// fifo is the path of stdin's; what comes out of source goes into feed, the
 	// other end of In. All are empty without one, or before connect.
 	fifo         string
@@ -89,6 +98,11 @@ func openStdio(ctx context.Context, s streams, id, namespace string) (_ *stdio, 
 	if x.Err, err = errs.open(limit); err != nil {
 		return nil, fmt.Errorf("stderr: %w", err)
 	}
+	for _, f := range []*os.File{x.Out, x.Err} {
+		if isFifo(f) {
+			x.fifos = append(x.fifos, f)
+		}
+	}
 	return x, nil
 }
 
@@ -96,7 +110,7 @@ func openStdio(ctx context.Context, s streams, id, namespace string) (_ *stdio, 
 // opened by connect: whoever writes to it takes that for the sign that there is
 // a process to close the input of (ctr would lose an end of file before that).
 func (x *stdio) openInput(path string) error {
-	fifo, err := isFifo(path)
+	fifo, err := hasFifo(path)
 	if err != nil {
 		return err
 	}
@@ -150,12 +164,22 @@ func openFifo(path string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-func isFifo(path string) (bool, error) {
+// hasFifo says whether there is a fifo at path.
+func hasFifo(path string) (bool, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return false, err
 	}
 	return st.Mode()&os.ModeNamedPipe != 0, nil
+}
+
+// isFifo says whether f, which may be nil, is one.
+func isFifo(f *os.File) bool {
+	if f == nil {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeNamedPipe != 0
 }
 
 // output is where a stream goes.
@@ -201,7 +225,7 @@ func (o output) open(ctx context.Context) (*os.File, error) {
 		f, err := os.OpenFile(o.path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 		return f, err
 	}
-	fifo, err := isFifo(o.path)
+	fifo, err := hasFifo(o.path)
 	if err != nil {
 		return nil, err
 	}
@@ -264,9 +288,37 @@ func openRead(ctx context.Context, path string) (*os.File, error) {
 // release lets go of what the stand-in has its own copies of.
 func (x *stdio) release() {
 	for _, f := range []**os.File{&x.In, &x.Out, &x.Err} {
-		if *f != nil {
+		if *f != nil && !slices.Contains(x.fifos, *f) {
 			_ = (*f).Close()
-			*f = nil
+		}
+		*f = nil
+	}
+}
+
+// awaitTaken waits until the output that is in fifos has been read, or nobody takes
+// any. The kernel tells nobody that a pipe has become empty.
+func (x *stdio) awaitTaken(ctx context.Context) {
+	step := time.NewTicker(takenStep)
+	defer step.Stop()
+	left, since := -1, time.Now()
+	for time.Since(since) < takenLimit {
+		sum := 0
+		for _, f := range x.fifos {
+			if n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ); err == nil {
+				sum += n
+			}
+		}
+		switch sum {
+		case 0:
+			return
+		case left:
+		default:
+			left, since = sum, time.Now()
+		}
+		select {
+		case <-step.C:
+		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -287,6 +339,9 @@ func (x *stdio) close() {
 
 func (x *stdio) closeFiles() {
 	x.release()
+	for _, f := range x.fifos {
+		_ = f.Close() // twice does no harm
+	}
 	x.closeInput()
 	for _, f := range []*os.File{x.feed, x.source} {
 		if f != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
@@ -19,16 +18,12 @@ import (
 	"github.com/hyperhq/runv/state"
 )
 
-// drainLimit is how long the deletion of a process waits for a reader of what it
-// has written. A stand-in ends when all of its output is written.
-const drainLimit = 10 * time.Second
-
 // killedStatus is the exit status of a process that SIGKILL has ended.
 const killedStatus = 128 + uint32(unix.SIGKILL)
 
 // execsLimit bounds the wait for the ends of a container's other processes,
-// which its pid namespace kills together with its init.
-const execsLimit = 2 * time.Second
+// which its pid namespace kills together with its init, and for the output of each.
+const execsLimit = 2 * agentv1.UnreadLimit
 
 // task is a container and its processes, as containerd counts them.
 type task struct {
@@ -78,7 +73,7 @@ type process struct {
 	exitedAt time.Time
 
 	exit    chan struct{} // closed with phase exited
-	drained chan struct{} // closed when the stand-in has ended as well
+	drained chan struct{} // closed when nobody has anything of its output any more
 }
 
 func newProcess(t *task, id string, addr streams, ph phase) *process {
@@ -150,17 +145,19 @@ func (p *process) adopt(standIn *client.Process, x *stdio) {
 // watch publishes the end of a process that exists.
 func (s *service) watch(p *process) {
 	t := p.task
+	written := make(chan struct{})
 	go func() {
-		// The stand-in writes what is left of the output.
+		defer close(p.drained)
 		_, err := p.standIn.Wait()
 		if err != nil {
 			log.G(s.ctx).WithError(err).Errorf("container %s", t.id)
 		}
+		p.stdio.awaitTaken(s.ctx)
+		close(written)
 		p.mu.Lock()
 		p.stdio.closeFiles()
 		p.mu.Unlock()
 		p.stdio.endLogger()
-		close(p.drained)
 	}()
 	resp, err := t.pod.sup.Attach(s.ctx, &supervisorv1.AttachRequest{Id: t.id, ExecId: p.supervisorID()})
 	status := killedStatus
@@ -173,6 +170,10 @@ func (s *service) watch(p *process) {
 			log.G(s.ctx).Warnf("container %s: %s", t.id, resp.Reason)
 		}
 	}
+	// What runs without a VM has written everything when it ends, and clients of
+	// containerd 1.6 read no more once they hear of the end. The stand-in ends when
+	// the output is written, or need not be.
+	<-written
 	// The answer to a start is on its way.
 	p.starting.Lock()
 	defer p.starting.Unlock()
@@ -288,28 +289,18 @@ func (p *process) taskStatus() tasktypes.Status {
 	return tasktypes.Status_RUNNING
 }
 
-// drain waits for the end of the stand-in of a process that has ended, and makes
-// it if nobody reads what it has to write.
-func (p *process) drain(ctx context.Context) error {
-	p.mu.Lock()
-	standIn := p.standIn
-	p.mu.Unlock()
-	if standIn == nil {
-		return nil
+// letGo waits until nobody has anything of a process that has ended: the program
+// that takes its output may have.
+func (p *process) letGo(ctx context.Context) error {
+	if p.pid() == 0 {
+		return nil // it never was
 	}
-	t := time.NewTimer(drainLimit)
-	defer t.Stop()
 	select {
 	case <-p.drained:
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
-	case <-t.C:
 	}
-	log.G(ctx).Warnf("container %s: nobody reads the output of process %d", p.task.id, standIn.Pid)
-	_ = standIn.Signal(syscall.SIGKILL)
-	<-p.drained
-	return nil
 }
 
 // hasOwnPIDs says whether a container's processes end with its init.

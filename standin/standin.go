@@ -10,6 +10,8 @@
 //   - moves bytes between its descriptors and one connection per stream,
 //   - calls Attach, which answers when the guest's process has ended,
 //   - passes on every signal that it gets, and the size of its terminal,
+//   - writes what is left of the output; nobody need read that of a process that was
+//     told to end,
 //   - ends the way the guest's process ended.
 //
 // The descriptors belong to the caller and may be shared with other processes,
@@ -28,8 +30,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/ttrpc"
@@ -44,10 +48,6 @@ import (
 // DirFD is the descriptor on which a stand-in started by Args finds the pod's
 // state directory.
 const DirFD = 3
-
-// drainLost bounds how long a stand-in goes on writing what it has already
-// received when its supervisor is gone and its reader does not read.
-const drainLost = time.Second
 
 // Streams says which of its descriptors a stand-in carries.
 type Streams struct {
@@ -184,16 +184,21 @@ func Run(ctx context.Context, o Options) (Exit, error) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	wg.Go(func() { forward(ctx, sup, o, signals) })
+	told := newTold()
+	wg.Go(func() { forward(ctx, sup, o, signals, told) })
 
 	resp, err := sup.Attach(ctx, &supervisorv1.AttachRequest{Id: o.ID, ExecId: o.ExecID, Trace: o.spans()})
 	if err != nil {
 		if ctx.Err() == nil {
-			p.drain(drainLost)
+			told.tell()
+			p.drain(told)
 		}
 		return Exit{}, fmt.Errorf("%w: attach: %w", ErrLost, err)
 	}
-	p.drain(0)
+	if resp.DropUnread {
+		told.tell()
+	}
+	p.drain(told)
 	return Exit{Code: int(resp.ExitCode), Signal: unix.Signal(resp.Signal), Reason: resp.Reason}, nil
 }
 
@@ -215,9 +220,20 @@ func (o *Options) spans() *supervisorv1.Trace {
 	}}
 }
 
+// told is whether the process was told to end, or killed.
+type told struct {
+	once sync.Once
+	c    chan struct{} // closed when it was
+}
+
+func newTold() *told { return &told{c: make(chan struct{})} }
+
+func (t *told) tell() { t.once.Do(func() { close(t.c) }) }
+
 // forward passes signals on until ctx ends. A signal that the supervisor
-// refuses has nobody to go to: the process has ended or is not there yet.
-func forward(ctx context.Context, sup supervisorv1.SupervisorService, o Options, signals <-chan os.Signal) {
+// refuses has nobody to go to: the process has ended or is not there yet. The
+// supervisor sends one itself when the process has ended and is told to.
+func forward(ctx context.Context, sup supervisorv1.SupervisorService, o Options, signals <-chan os.Signal, told *told) {
 	resize := func() {
 		if h, w, ok := windowSize(o.In); ok {
 			_, _ = sup.Resize(ctx, &supervisorv1.ResizeRequest{Id: o.ID, ExecId: o.ExecID, Height: h, Width: w})
@@ -238,6 +254,9 @@ func forward(ctx context.Context, sup supervisorv1.SupervisorService, o Options,
 			case sig == unix.SIGWINCH && o.Streams.Terminal:
 				resize()
 			default:
+				if agentv1.TellsToEnd(uint32(sig)) {
+					told.tell()
+				}
 				_, _ = sup.Signal(ctx, &supervisorv1.SignalRequest{Id: o.ID, ExecId: o.ExecID, Signal: uint32(sig)})
 			}
 		}
@@ -265,7 +284,26 @@ func windowSize(f *os.File) (height, width uint32, ok bool) {
 type pumps struct {
 	o     Options
 	out   sync.WaitGroup
+	outs  []*pump
 	conns []*net.UnixConn
+}
+
+// pump moves the bytes of one stream of the output.
+type pump struct {
+	over atomic.Bool
+	// writing is when the write began that is under way, in nanoseconds since start;
+	// 0: none is.
+	writing atomic.Int64
+}
+
+// start is when the process began, near enough: what times count from.
+var start = time.Now()
+
+// stuck says whether nobody has taken what is being written, at most bufferSize
+// bytes, for agentv1.UnreadLimit.
+func (p *pump) stuck() bool {
+	w := p.writing.Load()
+	return w != 0 && time.Since(start)-time.Duration(w) > agentv1.UnreadLimit
 }
 
 func (p *pumps) close() {
@@ -302,29 +340,42 @@ func (p *pumps) open(ctx context.Context) error {
 			go stdin(c, s.file, p.o.Streams.Terminal)
 			continue
 		}
-		p.out.Go(func() { output(s.file, c) })
+		out := new(pump)
+		p.outs = append(p.outs, out)
+		p.out.Go(func() { out.output(s.file, c) })
 	}
 	return nil
 }
 
-// drain waits until everything that the process wrote has been written out;
-// with a limit, not longer than that.
-func (p *pumps) drain(limit time.Duration) {
-	if limit == 0 {
-		p.out.Wait()
-		return
-	}
+// drain waits until everything that the process wrote has been written out; if the
+// process was told to end, not for readers who do not read.
+func (p *pumps) drain(told *told) {
 	done := make(chan struct{})
 	go func() {
 		p.out.Wait()
 		close(done)
 	}()
-	t := time.NewTimer(limit)
-	defer t.Stop()
 	select {
 	case <-done:
-	case <-t.C:
+		return
+	case <-told.c:
 	}
+	// A write cannot be interrupted, and the time is a limit, so nothing is lost by
+	// looking at it now and then.
+	t := time.NewTicker(agentv1.UnreadLimit / 8)
+	defer t.Stop()
+	for p.anyMoves() {
+		select {
+		case <-done:
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// anyMoves says whether there is a stream that goes on.
+func (p *pumps) anyMoves() bool {
+	return slices.ContainsFunc(p.outs, func(out *pump) bool { return !out.over.Load() && !out.stuck() })
 }
 
 // WriteHeader begins a connection to io.sock.
@@ -391,13 +442,17 @@ func release(f *os.File) {
 
 // output moves c to f until c ends. If f cannot be written to, c is closed and
 // the guest's process learns it from its next write.
-func output(f *os.File, c *net.UnixConn) {
+func (p *pump) output(f *os.File, c *net.UnixConn) {
+	defer p.over.Store(true)
 	defer c.Close()
 	buf := make([]byte, bufferSize)
 	for {
 		n, err := c.Read(buf)
 		if n > 0 {
-			if _, werr := f.Write(buf[:n]); werr != nil {
+			p.writing.Store(int64(time.Since(start)))
+			_, werr := f.Write(buf[:n])
+			p.writing.Store(0)
+			if werr != nil {
 				return
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -246,6 +247,83 @@ func TestBackPressure(t *testing.T) {
 	if exitSignal(cmd) != unix.SIGPIPE {
 		t.Errorf("ended with %s, want SIGPIPE", cmd.ProcessState)
 	}
+}
+
+// What nobody reads is dropped if the process was killed or is told to end, also when
+// it has ended.
+func TestUnreadOutput(t *testing.T) {
+	const size = 150_000 // more than a pipe has room for, less than with a socket's
+	begin := func(t *testing.T, args ...string) (*exec.Cmd, *os.File, *suptest.Process) {
+		t.Parallel()
+		p := newPod(t)
+		proc := p.add(all, args...)
+		cmd := p.command(t, all)
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = r.Close() })
+		cmd.Stdout = w
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		_ = w.Close()
+		return cmd, r, proc
+	}
+	tell := func(t *testing.T, cmd *exec.Cmd) {
+		t.Helper()
+		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+	}
+	zeros := strconv.Itoa(size)
+	t.Run("killed", func(t *testing.T) {
+		cmd, r, _ := begin(t, "zeros", zeros, "9")
+		_ = cmd.Wait()
+		if exitSignal(cmd) != unix.SIGKILL {
+			t.Errorf("ended with %s, want SIGKILL", cmd.ProcessState)
+		}
+		if b, err := io.ReadAll(r); err != nil || len(b) == 0 || len(b) == size {
+			t.Errorf("%d bytes, %v; want what fits into the pipe", len(b), err)
+		}
+	})
+	t.Run("told after its end", func(t *testing.T) {
+		cmd, r, proc := begin(t, "zeros", zeros)
+		<-proc.Done()
+		tell(t, cmd)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("ended with %v, want its own exit code", err)
+		}
+		if b, err := io.ReadAll(r); err != nil || len(b) == 0 || len(b) == size {
+			t.Errorf("%d bytes, %v; want what fits into the pipe", len(b), err)
+		}
+	})
+	t.Run("told, and a slow reader", func(t *testing.T) {
+		cmd, r, proc := begin(t, "zeros", zeros)
+		<-proc.Done()
+		tell(t, cmd)
+		total := 0
+		for b := make([]byte, size/6); ; {
+			time.Sleep(agentv1.UnreadLimit / 4)
+			n, err := r.Read(b)
+			total += n
+			if err != nil {
+				break
+			}
+		}
+		if err := cmd.Wait(); err != nil || total != size {
+			t.Errorf("%d bytes, %v", total, err)
+		}
+	})
+	t.Run("not told", func(t *testing.T) {
+		cmd, r, proc := begin(t, "zeros", zeros)
+		<-proc.Done()
+		time.Sleep(agentv1.UnreadLimit * 3 / 2)
+		b, err := io.ReadAll(r)
+		if werr := cmd.Wait(); err != nil || werr != nil || len(b) != size {
+			t.Errorf("%d bytes, %v, %v", len(b), err, werr)
+		}
+	})
 }
 
 func memory(t *testing.T, pid int) int64 {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/golang/glog"
@@ -44,6 +45,9 @@ type process struct {
 	exited  chan struct{} // closed by finish
 	exit    exit          // valid once exited is closed
 	drained chan struct{} // closed when the pumps and the stand-in have ended
+
+	toldToEnd atomic.Bool // a signal came that does
+	hurry     sync.Once   // tells the stand-in of it
 }
 
 // newProcess returns a process that is not yet known to anybody. It takes over
@@ -72,6 +76,36 @@ func (p *process) finish(x exit) {
 		p.exit = x
 		close(p.exited)
 	})
+}
+
+// tellToEnd notes that a signal came that does. ended says that the guest's process
+// has ended before, and its output waits for a reader.
+func (p *process) tellToEnd() (ended bool) {
+	p.toldToEnd.Store(true)
+	select {
+	case <-p.drained:
+		return false
+	default:
+	}
+	select {
+	case <-p.exited:
+	default:
+		return false // the answer to Attach will say it
+	}
+	p.hurry.Do(func() {
+		if p.pidfd == nil {
+			return
+		}
+		if err := p.standIn.Signal(unix.SIGTERM); err != nil {
+			glog.V(1).Infof("process %v: %v", p.key, err)
+		}
+	})
+	return true
+}
+
+// dropsUnread says, of a process that has ended, what AttachResponse does.
+func (p *process) dropsUnread() bool {
+	return p.toldToEnd.Load() || p.exit.signal == uint32(unix.SIGKILL)
 }
 
 // cutOff ends the pumps and the stand-in, whatever they are waiting for.

@@ -215,7 +215,7 @@ func (v *service) Attach(ctx context.Context, req *supervisorv1.AttachRequest) (
 		return answer[supervisorv1.AttachResponse](nil, context.Cause(ctx))
 	}
 	x := p.exit
-	return &supervisorv1.AttachResponse{ExitCode: x.code, Signal: x.signal, OomKilled: x.oom, Reason: x.reason}, nil
+	return &supervisorv1.AttachResponse{ExitCode: x.code, Signal: x.signal, OomKilled: x.oom, Reason: x.reason, DropUnread: p.dropsUnread()}, nil
 }
 
 // alive returns the connection to the agent for a call about a container whose
@@ -240,6 +240,9 @@ func (v *service) Signal(ctx context.Context, req *supervisorv1.SignalRequest) (
 	if req.Signal > maxSignal {
 		return nil, invalid("signal is %d, want at most %d", req.Signal, maxSignal)
 	}
+	if agentv1.TellsToEnd(req.Signal) && v.s.tellToEnd(req) {
+		return &supervisorv1.SignalResponse{}, nil
+	}
 	client, ctx, cancel, err := v.s.alive(ctx, req.Id)
 	if err != nil {
 		return nil, err
@@ -250,6 +253,23 @@ func (v *service) Signal(ctx context.Context, req *supervisorv1.SignalRequest) (
 		err = errNotRunning
 	}
 	return answer(&supervisorv1.SignalResponse{}, err)
+}
+
+// tellToEnd notes a signal that does. ended says that the process has ended in the
+// guest before: nobody there could take the signal.
+func (s *Supervisor) tellToEnd(req *supervisorv1.SignalRequest) (ended bool) {
+	s.mu.Lock()
+	var ps []*process
+	for k, p := range s.processes {
+		if k.container == req.Id && (req.All || k.exec == req.ExecId) {
+			ps = append(ps, p)
+		}
+	}
+	s.mu.Unlock()
+	for _, p := range ps {
+		ended = p.tellToEnd() && p.key.exec == req.ExecId || ended
+	}
+	return ended
 }
 
 // Resize implements the API.

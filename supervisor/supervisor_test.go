@@ -12,9 +12,11 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -797,6 +799,48 @@ func TestReaderThatDoesNotReadIsCutOffByDelete(t *testing.T) {
 	p.waitEnd()
 	if es, err := os.ReadDir(p.store.Root()); err != nil || len(es) != 0 {
 		t.Errorf("left: %v, %v", es, err)
+	}
+}
+
+// A process that has ended, but whose output nobody reads, is ended by what would
+// have ended it: its stand-in is told.
+func TestSignalToWhatHasEnded(t *testing.T) {
+	p := newPod(t, nil)
+	si := p.create("pod", kinds(stdout), "spam", "200000")
+	p.start("pod")
+	<-si.done
+	if si.err != nil || si.resp.DropUnread {
+		t.Errorf("%v, %v; nobody told it to end", si.resp, si.err)
+	}
+	api, _ := p.dial()
+	if _, err := api.Signal(t.Context(), &supervisorv1.SignalRequest{Id: "pod", Signal: uint32(unix.SIGUSR1)}); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("SIGUSR1: %v", err)
+	}
+	if _, err := api.Signal(t.Context(), &supervisorv1.SignalRequest{Id: "pod", Signal: uint32(unix.SIGINT)}); err != nil {
+		t.Errorf("SIGINT: %v", err)
+	}
+	_ = si.cmd.Wait()
+	if ws, ok := si.cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || ws.Signal() != unix.SIGTERM {
+		t.Errorf("the stand-in ended with %v, want that SIGTERM told it", si.cmd.ProcessState)
+	}
+	si.end()
+	p.waitEnd()
+}
+
+// The answer to Attach says that a process was told to end, or killed.
+func TestDropUnread(t *testing.T) {
+	for _, sig := range []unix.Signal{unix.SIGKILL, unix.SIGTERM, unix.SIGHUP} {
+		p := newPod(t, nil)
+		si := p.create("pod", kinds(), "sleep")
+		p.start("pod")
+		api, _ := p.dial()
+		if _, err := api.Signal(t.Context(), &supervisorv1.SignalRequest{Id: "pod", Signal: uint32(sig)}); err != nil {
+			t.Fatal(err)
+		}
+		if x, err := si.exit(); err != nil || x.Signal != uint32(sig) || x.DropUnread != (sig != unix.SIGHUP) {
+			t.Errorf("after %v: %v, %v", sig, x, err)
+		}
+		p.waitEnd()
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -574,6 +575,78 @@ func TestShimLife(t *testing.T) {
 		}
 		awaitEnd(t, fd)
 	})
+}
+
+// Whoever hears of a process's end finds its output read, however slow the reader
+// is: clients read no more then. One that is killed does not wait for a reader.
+func TestShimOutput(t *testing.T) {
+	t.Parallel()
+	d := newDaemon(t)
+	id := d.r.name()
+	dir := d.r.bundle(sh(untilTerm))
+	p := d.pod(dir, id)
+	p.create(&taskapi.CreateTaskRequest{ID: id, Bundle: dir})
+	p.begin(id, "")
+
+	// The reader has the fifo open from the beginning.
+	fifo := func() (path string, f *os.File) {
+		path = d.r.fifo()
+		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return path, f
+	}
+	path, slow := fifo()
+	defer slow.Close()
+	const size = 400 << 10
+	p.add(&taskapi.ExecProcessRequest{ID: id, ExecID: "slow", Stdout: path}, "dd", "if=/dev/zero", "bs=1k", fmt.Sprintf("count=%d", size>>10))
+	p.begin(id, "slow")
+	var total atomic.Int64
+	ended := make(chan error, 1)
+	go func() {
+		for b := make([]byte, size/20); ; time.Sleep(50 * time.Millisecond) {
+			n, err := slow.Read(b)
+			total.Add(int64(n))
+			if err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	if _, err := p.Wait(d.ctx, &taskapi.WaitRequest{ID: id, ExecID: "slow"}); err != nil {
+		t.Error(err)
+	}
+	// What is read and not yet counted is one piece at most.
+	if n := total.Load(); n < size-size/20 {
+		t.Errorf("the end is told when %d of %d bytes are read", n, size)
+	}
+	if code := p.finish(id, "slow"); code != 0 {
+		t.Errorf("code %d", code)
+	}
+	if err := <-ended; !errors.Is(err, io.EOF) || total.Load() != size {
+		t.Errorf("%d bytes, %v", total.Load(), err)
+	}
+
+	path, never := fifo()
+	defer never.Close()
+	p.add(&taskapi.ExecProcessRequest{ID: id, ExecID: "unread", Stdout: path}, "yes")
+	p.begin(id, "unread")
+	waitFor(t, "the program to write", func() bool {
+		n, err := unix.IoctlGetInt(int(never.Fd()), unix.TIOCINQ)
+		return err == nil && n > 60_000
+	})
+	if _, err := p.Kill(d.ctx, &taskapi.KillRequest{ID: id, ExecID: "unread", Signal: uint32(unix.SIGKILL)}); err != nil {
+		t.Error(err)
+	}
+	if code := p.finish(id, "unread"); code != 137 {
+		t.Errorf("code %d, want 137", code)
+	}
+	p.kill(id, unix.SIGKILL)
+	if code := p.finish(id, ""); code != 137 {
+		t.Errorf("code %d, want 137", code)
+	}
+	p.end()
 }
 
 // Root file systems that come as mounts, each of a container in one pod, which is

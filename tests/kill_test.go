@@ -1,9 +1,15 @@
 package tests
 
 import (
+	"context"
+	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Signals by name, with and without SIG, in any case, and by number.
@@ -91,6 +97,58 @@ func TestInitEndsAll(t *testing.T) {
 }
 
 // delete --force ends a running container.
+// What nobody reads keeps nobody alive who is killed: neither a program that writes,
+// nor what it has written when it has ended.
+func TestKillUnread(t *testing.T) {
+	t.Parallel()
+	r := newRT(t)
+	for _, tc := range []struct{ name, script, signal string }{
+		{"writes", "yes", "KILL"},
+		{"has ended, a little is left", "dd if=/dev/zero bs=1k count=300", "TERM"},
+		{"has ended, much is left", "dd if=/dev/zero bs=1k count=580", "TERM"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			read, write, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer read.Close()
+			defer write.Close()
+			ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+			defer cancel()
+			id, pidFile := r.name(), filepath.Join(r.dir, r.name()+".pid")
+			cmd := r.command(ctx, "run", "--detach", "--pid-file", pidFile, "--bundle", r.bundle(sh(tc.script)), id)
+			cmd.Stdout = write
+			if err := cmd.Run(); err != nil {
+				t.Fatal(err)
+			}
+			pid, err := strconv.Atoi(r.read(pidFile))
+			if err != nil {
+				t.Fatal(err)
+			}
+			process, err := unix.PidfdOpen(pid, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(process)
+			// The pipe is full when the program has written more.
+			waitFor(t, "the program to write", func() bool {
+				n, err := unix.IoctlGetInt(int(read.Fd()), unix.TIOCINQ)
+				return err == nil && n > 60_000
+			})
+			if tc.signal != "KILL" {
+				// Pid 1 takes no SIGTERM, so the program must have ended: its shell tells.
+				waitFor(t, "the program to end", func() bool { return r.try("exec", id, "true").code != 0 })
+			}
+			r.ok("kill", id, tc.signal)
+			awaitEnd(t, process)
+			r.waitStatus(id, "stopped")
+			r.ok("delete", id)
+		})
+	}
+}
+
 func TestDeleteForce(t *testing.T) {
 	t.Parallel()
 	r := newRT(t)

@@ -398,6 +398,11 @@ func (s *Server) program(p *Process, in, out, errc net.Conn) (code, sig uint32) 
 				return 0, 13
 			}
 		}
+	case "zeros": // as many bytes as the argument says; then the signal that follows
+		size := int(num())
+		_, _ = out.Write(make([]byte, size))
+		rest = rest[1:]
+		return 0, num()
 	case "sleep", "trap":
 		return s.sleep(p, out)
 	}
@@ -522,7 +527,7 @@ func (s *Server) Attach(ctx context.Context, req *supervisorv1.AttachRequest) (*
 	close(p.attached)
 	select {
 	case <-p.done:
-		return &supervisorv1.AttachResponse{ExitCode: p.code, Signal: p.signal, Reason: p.reason}, nil
+		return &supervisorv1.AttachResponse{ExitCode: p.code, Signal: p.signal, Reason: p.reason, DropUnread: p.signal == 9}, nil
 	case <-ctx.Done():
 		return nil, status.Error(codes.Canceled, "the stand-in is gone")
 	case <-s.ctx.Done():

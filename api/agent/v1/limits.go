@@ -4,6 +4,28 @@
 // a protocol and no code.
 package agentv1
 
+import (
+	"syscall"
+	"time"
+)
+
+// UnreadLimit is how long the output of a process that has ended is kept for a
+// reader who takes none of it, if the process was killed or told to end. What no
+// longer fits anywhere is dropped then. The output of one that ended by itself is
+// kept for as long as the pod lives: on a host without VMs the process itself would
+// wait.
+const UnreadLimit = 2 * time.Second
+
+// TellsToEnd says whether whoever sends the signal wants the process to end, for
+// UnreadLimit.
+func TellsToEnd(signal uint32) bool {
+	switch syscall.Signal(signal) {
+	case syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT:
+		return true
+	}
+	return false
+}
+
 const (
 	// ProtocolVersion is sent in Hello by both sides. A host refuses an agent
 	// whose version differs.

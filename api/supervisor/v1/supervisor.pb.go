@@ -1403,7 +1403,9 @@ type AttachResponse struct {
 	OomKilled bool                   `protobuf:"varint,3,opt,name=oom_killed,json=oomKilled,proto3" json:"oom_killed,omitempty"`
 	// Why the process ended if it was not its own doing, one line; for example
 	// that the VM died.
-	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The process was killed or told to end: output that nobody reads is dropped.
+	DropUnread    bool `protobuf:"varint,5,opt,name=drop_unread,json=dropUnread,proto3" json:"drop_unread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1464,6 +1466,13 @@ func (x *AttachResponse) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *AttachResponse) GetDropUnread() bool {
+	if x != nil {
+		return x.DropUnread
+	}
+	return false
 }
 
 type SignalRequest struct {
@@ -4253,13 +4262,15 @@ const file_api_supervisor_v1_supervisor_proto_rawDesc = "" +
 	"\rAttachRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12/\n" +
-	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"|\n" +
+	"\x05trace\x182 \x01(\v2\x19.runv.supervisor.v1.TraceR\x05trace\"\x9d\x01\n" +
 	"\x0eAttachResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\rR\bexitCode\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\rR\x06signal\x12\x1d\n" +
 	"\n" +
 	"oom_killed\x18\x03 \x01(\bR\toomKilled\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason\"b\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x1f\n" +
+	"\vdrop_unread\x18\x05 \x01(\bR\n" +
+	"dropUnread\"b\n" +
 	"\rSignalRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x16\n" +
