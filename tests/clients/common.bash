@@ -151,7 +151,7 @@ finish() {
 	local p m
 	for p in $(mine); do kill -9 "$p" 2>/dev/null; done
 	awk -v w="$work/" 'index($2, w) == 1 {print $2}' /proc/mounts | sort -r | while read -r m; do umount -l "$m"; done
-	until_true 10 cleared || echo "$work or a cgroup $cgroup cannot be removed" >&2
+	soon cleared || echo "$work or a cgroup $cgroup cannot be removed" >&2
 	exit "${status:-1}"
 }
 cleared() {
@@ -159,10 +159,9 @@ cleared() {
 	rm -rf "$work" 2>/dev/null && [ -z "$(cgroups)" ]
 }
 
-# until_true SECONDS COMMAND…
-until_true() {
-	local end=$((SECONDS + $1))
-	shift
+# soon COMMAND…: it is true before long, on a machine that is slow and busy too.
+soon() {
+	local end=$((SECONDS + 90))
 	until "$@"; do
 		[ $SECONDS -lt $end ] || return 1
 		sleep 0.2
@@ -176,9 +175,9 @@ typed() {
 	rm -f "$work/ended"
 	: >"$work/typescript"
 	{
-		[ -z "$2" ] || until_true 60 grep -q "$2" "$work/typescript"
+		[ -z "$2" ] || soon grep -q "$2" "$work/typescript"
 		echo "$1"
-		until_true 90 test -e "$work/ended"
+		soon test -e "$work/ended"
 	} | {
 		script -qec "$3" /dev/null >>"$work/typescript"
 		set -- $?

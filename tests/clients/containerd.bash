@@ -48,7 +48,7 @@ prepare_containerd() {
 start_daemon() {
 	PATH=$work/bin:$(dirname "$1"):$PATH RUNV_CONFIG=$work/runv.toml setsid "$1" -c "$2" >>"$2.log" 2>&1 </dev/null &
 	daemon=$!
-	until_true 20 ready && return
+	soon ready && return
 	echo "containerd does not start:" >&2
 	tail -5 "$2.log" >&2
 	exit 1

@@ -83,7 +83,7 @@ t_output() { [ "$(run $image o1 echo hi)" = hi ]; }
 t_exit() { run $image o2 sh -c 'exit 7'; [ $? = 7 ]; }
 t_stderr() { [ "$( (CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 timeout 90 "$ctr" -a "$sock" run --rm --cgroup "$(own)" "${rt[@]}" $image o7 sh -c 'echo out; echo err >&2' 2>&1 >/dev/null) | tail -n 1)" = err ]; }
 # ctr loses the end of an input that comes before it has the task.
-t_stdin() { [ "$( (until_true 30 is o3 RUNNING && echo through) | run $image o3 cat)" = through ]; }
+t_stdin() { [ "$( (soon is o3 RUNNING && echo through) | run $image o3 cat)" = through ]; }
 t_missing() { ! run $image o4 /bin/nothing && grep -q "/bin/nothing" "$work/err"; local ok=$?; c container rm o4; return $ok; }
 # terminal COMMAND: a shell's command line with a terminal of 17 lines and 91
 # columns, in which $ctr is the client; what it shows goes to $work/terminal. script
@@ -117,14 +117,14 @@ t_oom() { run --memory-limit $((64 << 20)) $image o11 sh -c 'tail /dev/zero'; [ 
 t_killed() {
 	run $image o12 sleep 1000 &
 	local p=$!
-	until_true 30 is o12 RUNNING && c task kill -s KILL o12
+	soon is o12 RUNNING && c task kill -s KILL o12
 	wait $p
 	[ $? = 137 ]
 }
 # containerd's shim for runc does not always get both streams into the file.
 t_log_file() {
 	rm -f "$work/o13"
-	start --log-uri "file://$work/o13" $image o13 sh -c 'echo out; echo err >&2' && until_true 20 is o13 STOPPED && grep -qx out "$work/o13" && { ! native || grep -qx err "$work/o13"; }
+	start --log-uri "file://$work/o13" $image o13 sh -c 'echo out; echo err >&2' && soon is o13 STOPPED && grep -qx out "$work/o13" && { ! native || grep -qx err "$work/o13"; }
 	local ok=$?
 	remove o13
 	return $ok
@@ -133,7 +133,7 @@ t_logger() {
 	rm -f "$work/logged"
 	printf '#!/bin/sh\n{ echo "$CONTAINER_ID"; exec 5>&-; cat <&3; } >%s\n' "$work/logged" >"$work/bin/logger"
 	chmod +x "$work/bin/logger"
-	start --log-uri "binary://$work/bin/logger" $image o14 echo hi && until_true 20 is o14 STOPPED && until_true 10 grep -qx hi "$work/logged" && grep -qx o14 "$work/logged"
+	start --log-uri "binary://$work/bin/logger" $image o14 echo hi && soon is o14 STOPPED && soon grep -qx hi "$work/logged" && grep -qx o14 "$work/logged"
 	local ok=$?
 	remove o14
 	return $ok
@@ -152,8 +152,8 @@ t_root_block() {
 	[ "${rw#* }" = '/written ' ] && [ "${ro#* }" = 'refused ' ]
 }
 t_root_kept() {
-	start --snapshotter blockfile $image r4 sh -c '[ -e /kept ] || echo kept >/kept; exec sleep 1000' && until_true 20 c task exec --exec-id k1 r4 cat /kept &&
-		c task kill -s KILL r4 && until_true 20 is r4 STOPPED && c task rm r4
+	start --snapshotter blockfile $image r4 sh -c '[ -e /kept ] || echo kept >/kept; exec sleep 1000' && soon c task exec --exec-id k1 r4 cat /kept &&
+		c task kill -s KILL r4 && soon is r4 STOPPED && c task rm r4
 	c task start -d r4 && [ "$(c task exec --exec-id k2 r4 cat /kept)" = kept ]
 	local ok=$?
 	remove r4
@@ -170,7 +170,7 @@ attached() {
 	: >"$work/attached"
 	"$ctr" -a "$sock" task attach d1 >"$work/attached" 2>/dev/null &
 	local p=$! ok=0
-	until_true 20 grep -q tick "$work/attached" || { echo "nothing comes from d1" >"$work/err"; ok=1; }
+	soon grep -q tick "$work/attached" || { echo "nothing comes from d1" >"$work/err"; ok=1; }
 	kill -9 $p
 	wait $p 2>/dev/null
 	return $ok
@@ -178,9 +178,8 @@ attached() {
 t_attach() { attached && attached && is d1 RUNNING; }
 t_attach_tty() {
 	terminal "\$ctr run -d -t $(flags) $image a1 sh" && is a1 RUNNING || return 1
-	: >"$work/attached"
-	(until_true 20 grep -q '# ' "$work/attached"; printf 'stty size; echo got-$((3 + 4)); exit 6\n'; until_true 20 grep -q '^code' "$work/attached") |
-		timeout 60 script -qec "stty rows 17 cols 91; $ctr -a $sock task attach a1; echo code \$?" /dev/null | tr -d '\r' >"$work/attached"
+	typed 'stty size; echo got-$((3 + 4)); exit 6' '# ' "stty rows 17 cols 91; $ctr -a $sock task attach a1; echo code \$?"
+	tr -d '\r' <"$work/typescript" >"$work/attached"
 	grep -q '^17 91' "$work/attached" && grep -q '^got-7' "$work/attached" && grep -q '^code 6' "$work/attached"
 	local ok=$?
 	remove a1
@@ -194,7 +193,7 @@ t_exec_tty() { sizes "task exec -t --exec-id e4 d1"; }
 t_exec_missing() { ! c task exec --exec-id e5 d1 /bin/nothing && grep -q "/bin/nothing" "$work/err"; }
 shown() { c task ps d1 | grep -q e7; }
 hidden() { ! shown; }
-t_exec_detach() { c task exec -d --exec-id e7 d1 sleep 1000 && shown && c task kill --exec-id e7 -s KILL d1 && until_true 10 hidden; }
+t_exec_detach() { c task exec -d --exec-id e7 d1 sleep 1000 && shown && c task kill --exec-id e7 -s KILL d1 && soon hidden; }
 # Natively the processes are stand-ins; the command line tells the guest's pids.
 t_ps() { c task ps d1 | grep -q "^$(pid d1) "; }
 t_join() { [ "$(run --with-ns "network:/proc/$(pid d1)/ns/net" $image j1 wget -q -O - http://127.0.0.1/passwd | cut -d : -f 1)" = root ]; }
@@ -205,7 +204,7 @@ t_pod() {
 	before=$(daemons) before_vms=$(vms)
 	start "${n[@]}" io.kubernetes.cri.container-type=sandbox $image s1 sh -c 'exec httpd -f -p 127.0.0.1:80 -h /etc' &&
 		start "${n[@]}" io.kubernetes.cri.container-type=container --with-ns "network:/proc/$(pid s1)/ns/net" $image s2 sleep 1000 &&
-		until_true 10 c task exec --exec-id w s2 wget -q -O /dev/null http://127.0.0.1/passwd &&
+		soon c task exec --exec-id w s2 wget -q -O /dev/null http://127.0.0.1/passwd &&
 		echo "shims $(($(daemons) - before)), VMs $(vms | grep -vxcF "${before_vms:-none}")" >"$work/err" && grep -qx 'shims 1, VMs 1' "$work/err"
 	local ok=$?
 	remove s2 s1
@@ -216,7 +215,7 @@ value() { awk -v k="$1" '$1 == k {print $2}' "$2"; }
 t_metrics() {
 	start --memory-limit $((96 << 20)) --mount type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro $image m1 sh -c 'i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; exec sleep 1000' || return 1
 	local ok m=$work/metrics
-	until_true 20 eval 'c task exec --exec-id p m1 ps | grep -q "1 .*sleep 1000"'
+	soon eval 'c task exec --exec-id p m1 ps | grep -q "1 .*sleep 1000"'
 	if native; then
 		look() { c task exec --exec-id "m$1" m1 sh -c 'cd /sys/fs/cgroup; echo "memory $(cat memory.current)"; echo "limit $(cat memory.max)"; cat cpu.stat' >"$m.$1"; }
 		look 1; c task metrics m1 >"$m"; look 2
@@ -250,7 +249,7 @@ t_restart() {
 	p=$(pid w1)
 	stop_daemon
 	# It ends while nobody is there to be told.
-	until_true 30 [ ! -e "/proc/$p" ]
+	soon [ ! -e "/proc/$p" ]
 	start_daemon "$containerd" "$config"
 	is d1 RUNNING && t_exec && attached && ended w1
 	local ok=$?
@@ -264,21 +263,21 @@ t_api() {
 	*) grep -q '^unix://' "$(bundle d1)/address" ;;
 	esac
 }
-t_signal() { c task kill -s USR1 d1 && until_true 10 [ -e "$work/d/usr1" ] && is d1 RUNNING; }
+t_signal() { c task kill -s USR1 d1 && soon [ -e "$work/d/usr1" ] && is d1 RUNNING; }
 t_kill() {
 	: >"$work/attached"
 	timeout 60 "$ctr" -a "$sock" task attach d1 >"$work/attached" 2>/dev/null &
 	local p=$!
-	until_true 20 grep -q tick "$work/attached"
+	soon grep -q tick "$work/attached"
 	c task kill -s TERM d1
 	wait $p
 	# Who is attached deletes the task.
-	[ $? = 9 ] && until_true 20 is d1 ""
+	[ $? = 9 ] && soon is d1 ""
 }
 t_delete() { c container rm d1 && ! c container info d1; }
 t_kill_all() {
 	start $image k2 sh -c 'sleep 1000 & wait' && c task exec -d --exec-id e8 k2 sleep 1000 &&
-		c task kill --all -s KILL k2 && until_true 20 is k2 STOPPED && c task rm k2
+		c task kill --all -s KILL k2 && soon is k2 STOPPED && c task rm k2
 	local ok=$?
 	remove k2
 	return $ok
@@ -292,10 +291,10 @@ events() {
 	while [ "$1" != -- ]; do topics+=("$1"); shift; done
 	shift
 	# It does not say when it listens.
-	until_true 10 heard || { kill $pid; return 1; }
+	soon heard || { kill $pid; return 1; }
 	"$@"
 	for t in "${topics[@]}"; do
-		until_true 10 grep -q "/tasks/$t" "$work/events" || { echo "no event $t" >"$work/err"; ok=1; break; }
+		soon grep -q "/tasks/$t" "$work/events" || { echo "no event $t" >"$work/err"; ok=1; break; }
 	done
 	kill $pid
 	wait $pid 2>/dev/null
@@ -307,7 +306,7 @@ life() {
 	c task pause v1
 	c task resume v1
 	c task kill -s KILL v1
-	until_true 20 is v1 STOPPED
+	soon is v1 STOPPED
 	remove v1
 }
 # containerd's shim for runc does not wait for its last event when it ends: one
@@ -321,6 +320,14 @@ lives() {
 		grep -q "/tasks/delete" "$work/events" && return
 		run $image v3 true
 	done
+}
+waits() { c task exec --exec-id "w$RANDOM" "$1" grep '^1 (yes) S' /proc/1/stat; }
+# Nobody reads what it writes.
+t_kill_unread() {
+	start $image k3 yes && soon waits k3 && c task kill -s KILL k3 && soon is k3 STOPPED
+	local ok=$?
+	remove k3
+	return $ok
 }
 t_events() { events create start exec-added exec-started paused resumed exit delete -- lives; }
 t_events_oom() { events oom exit -- run --memory-limit $((64 << 20)) $image v2 sh -c 'tail /dev/zero'; }
@@ -337,8 +344,8 @@ t_shim_dies() {
 	start $image k1 sleep 1000 || return 1
 	local p
 	p=$(shim_of k1) && kill -9 "$p" || return 1
-	until_true 20 is k1 "" || return 1
-	c container rm k1 && until_true 10 no_vms && t_again
+	soon is k1 "" || return 1
+	c container rm k1 && soon no_vms && t_again
 }
 # Under the same name.
 t_again() { [ "$(run $image k1 echo again)" = again ]; }
@@ -350,13 +357,13 @@ t_pool() {
 	sed 's,runv.toml,pool.toml,' "$work/bin/runv" >"$work/bin/runv-pool"
 	chmod +x "$work/bin/runv-pool"
 	kept "$work/bin/runv-pool" manage factory start || return 1
-	until_true 60 pool ready && [ "$(c run --rm --cgroup "$(own)" --runtime io.containerd.runc.v2 --runc-binary "$work/bin/runv-pool" $image p1 echo hi)" = hi ] && pool claimed
+	soon pool ready && [ "$(c run --rm --cgroup "$(own)" --runtime io.containerd.runc.v2 --runc-binary "$work/bin/runv-pool" $image p1 echo hi)" = hi ] && pool claimed
 	local ok=$?
 	[ $ok = 0 ] || tr -d '\n' <"$work/pool" >"$work/err"
 	kept "$work/bin/runv-pool" manage factory stop || ok=1
 	return $ok
 }
-t_left() { until_true 10 gone default; }
+t_left() { soon gone default; }
 
 all() {
 	op 'run: output' t_output
@@ -401,6 +408,7 @@ all() {
 	op 'task kill, code for who is attached' t_kill
 	op 'container rm' t_delete
 	op 'task kill --all' t_kill_all
+	op 'task kill: output that nobody reads' t_kill_unread
 	op 'events' t_events
 	op 'events: out of memory' t_events_oom
 	op 'shim killed' t_shim_dies

@@ -85,19 +85,19 @@ web_command='mkdir /tmp/www; echo from-web >/tmp/www/a; dd if=/dev/urandom of=/t
 inside() { k exec "$user" "$@"; }
 
 t_pod() { mainpod; }
-t_localhost() { mainpod && until_true 10 eval '[ "$(inside wget -qO- http://127.0.0.1:8080/a)" = from-web ]'; }
+t_localhost() { mainpod && soon eval '[ "$(inside wget -qO- http://127.0.0.1:8080/a)" = from-web ]'; }
 t_address() {
 	mainpod || return
 	local ip
 	for ip in $(k inspectp -o go-template --template '{{.status.network.ip}} {{range .status.network.additionalIps}}[{{.ip}}]{{end}}' "$pod"); do
 		echo "$ip" >>"$work/addresses"
 		inside sh -c "mkdir -p /tmp/w; echo at-address >/tmp/w/a; pidof httpd >/dev/null || httpd -p 80 -h /tmp/w; httpd -p '$ip:9000' -h /tmp/w" >/dev/null
-		until_true 10 eval "[ \"\$(timeout 10 busybox wget -qO- 'http://$ip:9000/a')\" = at-address ]" || return
+		soon eval "[ \"\$(timeout 10 busybox wget -qO- 'http://$ip:9000/a')\" = at-address ]" || return
 	done
 	[ -n "$ip" ]
 }
 t_hostname() { mainpod && [ "$(inside hostname)" = main ] && [ "$(k exec "$web" hostname)" = main ]; }
-t_logs() { mainpod && until_true 10 eval 'k logs "$user" 2>/dev/null | grep -q ticks' && grep -q 'stderr F wrong' "$work/pods/$r/main/logs/user.log" && [ "$(k logs --tail 1 "$user")" = ticks ]; }
+t_logs() { mainpod && soon eval 'k logs "$user" 2>/dev/null | grep -q ticks' && grep -q 'stderr F wrong' "$work/pods/$r/main/logs/user.log" && [ "$(k logs --tail 1 "$user")" = ticks ]; }
 t_exec() { mainpod && [ "$(inside echo inside)" = inside ]; }
 t_exec_stdin() { mainpod && [ "$(head -c 1000000 /dev/zero | k exec -i "$user" wc -c)" = 1000000 ]; }
 # Of a terminal whose input has ended containerd takes no output any more, and CRI-O
@@ -111,7 +111,7 @@ t_exec_code() { mainpod && ! inside sh -c 'exit 7' && grep -Eq 'exit (status|cod
 t_exec_timeout() {
 	mainpod || return
 	local begin=$SECONDS
-	! k exec -s --timeout 2 "$user" sleep 61 && [ $((SECONDS - begin)) -lt 20 ] && until_true 5 eval '! inside ps | grep "sleep 61"'
+	! k exec -s --timeout 2 "$user" sleep 610 && [ $((SECONDS - begin)) -lt 60 ] && soon eval '! inside ps | grep "sleep 610"'
 }
 # hears WORD says it, again if need be: containerd passes the input on before it
 # gives the output.
@@ -123,13 +123,20 @@ t_attach() {
 	mainpod && container main talker 'echo ready; while read l; do echo heard \"$l\"; done; echo end' '"stdin":true' || return
 	local talker=$id
 	: >"$work/attached" # of another runtime, before anybody reads it
-	(until_true 20 hears one; until_true 20 hears two) | k attach -i "$talker" >"$work/attached"
-	grep -q 'heard one' "$work/attached" && until_true 10 grep -q 'heard two' "$work/pods/$r/main/logs/talker.log"
+	(soon hears one; soon hears two) | k attach -i "$talker" >"$work/attached"
+	grep -q 'heard one' "$work/attached" && soon grep -q 'heard two' "$work/pods/$r/main/logs/talker.log"
 }
 t_attach_output() {
 	mainpod || return
-	timeout -s KILL 5 "$cache/crictl" -c "$work/crictl.yaml" attach "$user" >"$work/attached" 2>/dev/null
-	grep -q ticks "$work/attached"
+	local pid ok
+	: >"$work/attached" # of another runtime, before anybody reads it
+	"$cache/crictl" -c "$work/crictl.yaml" attach "$user" >"$work/attached" 2>/dev/null &
+	pid=$!
+	soon grep -q ticks "$work/attached"
+	ok=$?
+	kill -9 $pid
+	wait $pid 2>/dev/null
+	return $ok
 }
 
 # forward PORT COMMAND… runs COMMAND with the port of the pod $pod forwarded, $port
@@ -140,7 +147,7 @@ forward() {
 	: >"$work/forward"
 	"$cache/crictl" -c "$work/crictl.yaml" port-forward "$pod" ":$to" >"$work/forward" 2>"$work/forward.err" &
 	pid=$!
-	until_true 20 grep -q 'Forwarding from 127' "$work/forward" && port=$(sed -n 's/.*127.0.0.1:\([0-9]*\) ->.*/\1/p' "$work/forward") && "$@"
+	soon grep -q 'Forwarding from 127' "$work/forward" && port=$(sed -n 's/.*127.0.0.1:\([0-9]*\) ->.*/\1/p' "$work/forward") && "$@"
 	ok=$?
 	kill $pid
 	wait $pid 2>/dev/null
@@ -159,11 +166,11 @@ many() {
 	for i in "${p[@]}"; do wait "$i" || return; done
 }
 t_forward_many() { mainpod && forward 8080 many; }
-refused() { ! fetch a 2>/dev/null && until_true 15 grep -qi 'connection refused' "$work/forward.err"; }
+refused() { ! fetch a 2>/dev/null && soon grep -qi 'connection refused' "$work/forward.err"; }
 t_forward_refused() { mainpod && forward 81 refused; }
 
-t_stats() { mainpod && until_true 15 eval 'k stats -o json "$user" | tr -d " \n" | grep -q "\"usageCoreNanoSeconds\":{\"value\":\"[1-9].*\"workingSetBytes\":{\"value\":\"[1-9]"'; }
-t_stats_pod() { mainpod && until_true 15 eval 'k statsp -o json "$pod" | tr -d " \n" | grep -q "\"memory\":{[^}]*\"workingSetBytes\":{\"value\":\"[1-9].*\"rxBytes\":{\"value\":\"[1-9]"'; }
+t_stats() { mainpod && soon eval 'k stats -o json "$user" | tr -d " \n" | grep -q "\"usageCoreNanoSeconds\":{\"value\":\"[1-9].*\"workingSetBytes\":{\"value\":\"[1-9]"'; }
+t_stats_pod() { mainpod && soon eval 'k statsp -o json "$pod" | tr -d " \n" | grep -q "\"memory\":{[^}]*\"workingSetBytes\":{\"value\":\"[1-9].*\"rxBytes\":{\"value\":\"[1-9]"'; }
 t_update() { mainpod && k update --memory $((64 << 20)) "$user" && [ "$(k inspect -o go-template --template '{{.status.resources.linux.memoryLimitInBytes}}' "$user")" = $((64 << 20)) ]; }
 t_again() {
 	mainpod || return
@@ -172,11 +179,11 @@ t_again() {
 	container main web "$web_command" "\"mounts\":[$(volume /host "$v/host"),$(volume /disk "$v/disk"),$(volume /memory "$v/memory")]" || return
 	unset "ids[$r.main.web]"
 	ids[$r.main.web]=$id
-	until_true 10 t_localhost
+	soon t_localhost
 }
 t_ended() {
 	mainpod && container main brief 'echo hello; exit 5' || return
-	until_true 20 eval "[ \"\$(k inspect -o go-template --template '{{.status.state}} {{.status.exitCode}}' $id)\" = 'CONTAINER_EXITED 5' ]" && [ "$(k logs "$id")" = hello ] && k rm "$id"
+	soon eval "[ \"\$(k inspect -o go-template --template '{{.status.state}} {{.status.exitCode}}' $id)\" = 'CONTAINER_EXITED 5' ]" && [ "$(k logs "$id")" = hello ] && k rm "$id"
 }
 t_oom() {
 	mainpod && d=$work/pods/$r/main && cat >"$d/oom.json" <<END || return
@@ -184,7 +191,7 @@ t_oom() {
  "linux":{"resources":{"memory_limit_in_bytes":33554432},"security_context":{"namespace_options":{"pid":1}}}}
 END
 	id=$(k create "$pod" "$d/oom.json" "$d/pod.json") && k start "$id" >/dev/null || return
-	until_true 30 eval "[ \"\$(k inspect -o go-template --template '{{.status.reason}} {{.status.exitCode}}' $id)\" = 'OOMKilled 137' ]" || { k inspect -o go-template --template '{{.status.reason}} {{.status.exitCode}}' "$id"; return 1; }
+	soon eval "[ \"\$(k inspect -o go-template --template '{{.status.reason}} {{.status.exitCode}}' $id)\" = 'OOMKilled 137' ]" || { k inspect -o go-template --template '{{.status.reason}} {{.status.exitCode}}' "$id"; return 1; }
 }
 
 t_hostpath() {
@@ -198,7 +205,7 @@ t_emptydir() { mainpod && k exec "$web" sh -c 'echo shared >/disk/f' && [ "$(ins
 t_emptydir_meet() {
 	mainpod && cp "$cache/files" "$work/vol/$r/disk/files" && k exec "$web" sh -c 'cd /disk && rm -f fifo socket && mkfifo fifo &&
 		{ (timeout 90 sh -c "echo through >fifo" & timeout 90 ./files listen socket &) </dev/null >/dev/null 2>&1; }' || return
-	[ "$(inside timeout 30 cat /disk/fifo)" = through ] && until_true 10 inside test -S /disk/socket &&
+	[ "$(inside timeout 30 cat /disk/fifo)" = through ] && soon inside test -S /disk/socket &&
 		[ "$(inside timeout 30 /disk/files dial /disk/socket hello)" = hello ]
 }
 t_emptydir_memory() {
@@ -209,14 +216,14 @@ t_configmap() {
 	mainpod && [ "$(inside cat /map/key)" = first ] || return
 	local m=$work/vol/$r/map
 	mkdir "$m/..2" && echo second >"$m/..2/key" && ln -s ..2 "$m/..data_tmp" && mv -T "$m/..data_tmp" "$m/..data" && rm -r "$m/..1"
-	until_true 5 eval '[ "$(inside cat /map/key)" = second ]' && ! inside sh -c 'echo x >/map/key'
+	soon eval '[ "$(inside cat /map/key)" = second ]' && ! inside sh -c 'echo x >/map/key'
 }
 t_readonly_volume() { mainpod && [ "$(inside cat /ro/f)" = fixed ] && ! inside sh -c 'echo x >/ro/f' && [ "$(cat "$work/vol/$r/ro/f")" = fixed ]; }
 
 # once COMMAND SECURITY [MORE] prints what a container of its own prints.
 once() {
 	mainpod && container main once "$1" "${3:-}" "$2" || return
-	until_true 20 eval "[ \"\$(k inspect -o go-template --template '{{.status.state}}' $id)\" = CONTAINER_EXITED ]" && k logs "$id" 2>&1
+	soon eval "[ \"\$(k inspect -o go-template --template '{{.status.state}}' $id)\" = CONTAINER_EXITED ]" && k logs "$id" 2>&1
 	k rm -f "$id" >/dev/null
 }
 t_readonly() { [ "$(once 'touch /x 2>/dev/null || echo refused' '"readonly_rootfs":true')" = refused ]; }
@@ -291,7 +298,7 @@ t_deployed() {
 		id=$(k create "$pod" "$c" "$d/pod.json") && k start "$id" >/dev/null || return
 	done
 	# What one container writes the other has read, and it is the kernel's name.
-	until_true 20 eval 'k logs "$id" 2>/dev/null | grep -q "^[0-9]"' || return
+	soon eval 'k logs "$id" 2>/dev/null | grep -q "^[0-9]"' || return
 	n=$(k logs "$id" | tail -1)
 	case $r in runv*) [ "$n" != "$(uname -r)" ] ;; *) [ "$n" = "$(uname -r)" ] ;; esac && forward 8080 is_kernel "$n" && k rmp -f "$pod"
 }
@@ -301,7 +308,7 @@ t_restart() {
 	local n
 	[ -n "${restarted:-}" ] || { stop_daemon; start; restarted=yes; }
 	n=$(wc -l <"$work/pods/$r/main/logs/user.log")
-	t_exec && until_true 10 eval "[ \$(wc -l <$work/pods/$r/main/logs/user.log) -gt $((n + 1)) ]" && t_localhost && t_forward
+	t_exec && soon eval "[ \$(wc -l <$work/pods/$r/main/logs/user.log) -gt $((n + 1)) ]" && t_localhost && t_forward
 }
 t_killed() {
 	mainpod || return
@@ -309,7 +316,7 @@ t_killed() {
 	k stopp "$pod" && [ "$(k inspect -o go-template --template '{{.status.state}}' "$id")" = CONTAINER_EXITED ] && k rmp "$pod"
 }
 t_remove() { local p; for p in "${!pods[@]}"; do [[ $p != $r.* ]] || k rmp -f "${pods[$p]}" >/dev/null; done; [ -z "$(k pods -q --label none=none)" ]; }
-t_left() { until_true 20 nothing_left_here; }
+t_left() { soon nothing_left_here; }
 nothing_left_here() {
 	case $r in
 	"$last") nothing_of_daemon && nothing_left && ! ip -o link | grep veth ;;

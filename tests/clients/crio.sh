@@ -82,7 +82,7 @@ ready() { "$cache/crictl" -c "$work/crictl.yaml" info 2>/dev/null | grep '"netwo
 start() {
 	setsid "$cache/crio" --config "$config" --config-dir "$work/conf.d" >>"$config.log" 2>&1 </dev/null &
 	daemon=$!
-	until_true 20 ready && return
+	soon ready && return
 	echo "CRI-O does not start:" >&2
 	tail -5 "$config.log" >&2
 	exit 1

@@ -50,14 +50,14 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 END
 containerd -c "$work/containerd/config.toml" >"$work/containerd/log" 2>&1 </dev/null &
 containerd=$!
-until_true 60 test -S "$work/containerd/sock" || { tail -5 "$work/containerd/log" >&2; exit 1; }
+soon test -S "$work/containerd/sock" || { tail -5 "$work/containerd/log" >&2; exit 1; }
 
 start_daemon() {
 	dockerd --config-file "$work/daemon.json" --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" -H "unix://$sock" --containerd "$work/containerd/sock" \
 		--oom-score-adjust 0 --live-restore --bip $gateway/24 --exec-opt native.cgroupdriver=cgroupfs \
 		--add-runtime "runv=$work/bin/runv" --add-runtime "runv-cold=$work/bin/runv-cold" --add-runtime "crun=$(command -v crun)" >>"$work/log" 2>&1 </dev/null &
 	daemon=$!
-	until_true 60 D version >/dev/null && return
+	soon D version >/dev/null && return
 	echo "dockerd does not start:" >&2
 	tail -5 "$work/log" >&2
 	return 1

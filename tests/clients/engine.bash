@@ -25,8 +25,6 @@ bg() { D run -d "${flags[@]}" "$@"; }
 state() { D inspect -f "{{.State.$2}}" "$1"; }
 is() { [ "$(state "$1" Status)" = "$2" ]; }
 sees() { local f=$1; shift; D "$@" | grep -Eq "$f"; }
-# soon COMMAND…: it is true before long, on a machine that is slow and busy too.
-soon() { until_true 90 "$@"; }
 # terminal INPUT COMMAND…: with a terminal of 17 lines and 91 columns, see typed.
 terminal() {
 	local input=$1
@@ -200,4 +198,4 @@ t_ipv6() {
 	local ok=$?
 	D rm -f "$r-six" && D network rm "six-$r" && return $ok
 }
-t_left() { until_true 30 nothing_left; }
+t_left() { soon nothing_left; }
