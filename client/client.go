@@ -275,17 +275,36 @@ func (c *Client) Start(ctx context.Context, id string) error {
 // output nobody reads, is ended by what would have ended it.
 func (c *Client) Kill(ctx context.Context, id string, sig unix.Signal, all bool) error {
 	if agentv1.TellsToEnd(uint32(sig)) {
-		// The record says that it has stopped, and whoever waits for it waits for its
-		// stand-in.
-		ct, err := c.Get(id)
-		if err == nil && !ct.HalfMade && ct.Record.Status == state.Stopped && ct.StandIn.Signal(unix.SIGTERM) == nil {
-			return nil
+		if told, err := c.tellStandIn(ctx, id); told || err != nil {
+			return err
 		}
 	}
 	return c.call(ctx, id, "container not running", func(s *conn, _ *Container) error {
 		_, err := s.Signal(ctx, &supervisorv1.SignalRequest{Id: id, Signal: uint32(sig), All: all})
 		return fromRPC(ctx, err)
 	})
+}
+
+// standInLimit is how long the stand-in of a container that has stopped is given to
+// end by itself, before a signal is for it.
+const standInLimit = 500 * time.Millisecond
+
+// tellStandIn tells the stand-in of a container whose record says that it has
+// stopped not to wait for those who do not read.
+func (c *Client) tellStandIn(ctx context.Context, id string) (told bool, err error) {
+	ct, err := c.Get(id)
+	if err != nil || ct.HalfMade || ct.Record.Status != state.Stopped {
+		return false, nil // for call to say
+	}
+	limited, cancel := context.WithTimeout(ctx, standInLimit)
+	defer cancel()
+	if ct.StandIn.Wait(limited) == nil {
+		return false, nil
+	}
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	return ct.StandIn.Signal(unix.SIGTERM) == nil, nil
 }
 
 // Pause stops every process of a container.
