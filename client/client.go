@@ -274,15 +274,17 @@ func (c *Client) Start(ctx context.Context, id string) error {
 // processes. Signal 0 asks whether it runs. A process that has ended, but whose
 // output nobody reads, is ended by what would have ended it.
 func (c *Client) Kill(ctx context.Context, id string, sig unix.Signal, all bool) error {
-	if agentv1.TellsToEnd(uint32(sig)) {
-		if told, err := c.tellStandIn(ctx, id); told || err != nil {
-			return err
-		}
-	}
-	return c.call(ctx, id, "container not running", func(s *conn, _ *Container) error {
+	err := c.call(ctx, id, "container not running", func(s *conn, _ *Container) error {
 		_, err := s.Signal(ctx, &supervisorv1.SignalRequest{Id: id, Signal: uint32(sig), All: all})
 		return fromRPC(ctx, err)
 	})
+	if errors.Is(err, ErrWrongState) && agentv1.TellsToEnd(uint32(sig)) {
+		told, terr := c.tellStandIn(ctx, id)
+		if told || terr != nil {
+			return terr
+		}
+	}
+	return err
 }
 
 // standInLimit is how long the stand-in of a container that has stopped is given to
@@ -294,7 +296,7 @@ const standInLimit = 500 * time.Millisecond
 func (c *Client) tellStandIn(ctx context.Context, id string) (told bool, err error) {
 	ct, err := c.Get(id)
 	if err != nil || ct.HalfMade || ct.Record.Status != state.Stopped {
-		return false, nil // for call to say
+		return false, nil
 	}
 	limited, cancel := context.WithTimeout(ctx, standInLimit)
 	defer cancel()

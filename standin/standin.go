@@ -191,6 +191,7 @@ func Run(ctx context.Context, o Options) (Exit, error) {
 	if err != nil {
 		if ctx.Err() == nil {
 			told.tell()
+			p.cutOff()
 			p.drain(told)
 		}
 		return Exit{}, fmt.Errorf("%w: attach: %w", ErrLost, err)
@@ -309,6 +310,13 @@ func (p *pump) stuck() bool {
 func (p *pumps) close() {
 	for _, c := range p.conns {
 		_ = c.Close()
+	}
+}
+
+// cutOff ends each stream behind what has arrived: the supervisor sends no more.
+func (p *pumps) cutOff() {
+	for _, c := range p.conns {
+		_ = c.CloseRead()
 	}
 }
 

@@ -79,18 +79,15 @@ func (p *process) finish(x exit) {
 }
 
 // tellToEnd notes that a signal came that does. ended says that the guest's process
-// has ended before, and its output waits for a reader.
+// has ended before, or just does, and its output waits for a reader.
 func (p *process) tellToEnd() (ended bool) {
 	p.toldToEnd.Store(true)
-	select {
-	case <-p.drained:
+	switch {
+	case closed(p.drained):
 		return false
-	default:
-	}
-	select {
-	case <-p.exited:
-	default:
-		return false // the answer to Attach will say it
+	case !closed(p.exited):
+		// The answer to Attach will say it.
+		return closed(p.s.ending)
 	}
 	p.hurry.Do(func() {
 		if p.pidfd == nil {
@@ -101,6 +98,16 @@ func (p *process) tellToEnd() (ended bool) {
 		}
 	})
 	return true
+}
+
+// closed says whether a channel that carries nothing is closed.
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // dropsUnread says, of a process that has ended, what AttachResponse does.

@@ -240,24 +240,44 @@ func (v *service) Signal(ctx context.Context, req *supervisorv1.SignalRequest) (
 	if req.Signal > maxSignal {
 		return nil, invalid("signal is %d, want at most %d", req.Signal, maxSignal)
 	}
-	if agentv1.TellsToEnd(req.Signal) && v.s.tellToEnd(req) {
+	if v.s.tellToEnd(req) {
 		return &supervisorv1.SignalResponse{}, nil
 	}
-	client, ctx, cancel, err := v.s.alive(ctx, req.Id)
+	err := v.s.signal(ctx, req)
+	if err == nil || v.s.tellToEnd(req) { // it may have ended meanwhile, and its pod with it
+		return &supervisorv1.SignalResponse{}, nil
+	}
+	v.s.mu.Lock()
+	p := v.s.processes[processKey{req.Id, req.ExecId}]
+	v.s.mu.Unlock()
+	exited := p != nil && closed(p.exited)
+	if c := status.Code(err); errors.Is(err, errNoContainer) || !exited && c != codes.NotFound && c != codes.FailedPrecondition {
+		return answer[supervisorv1.SignalResponse](nil, err)
+	}
+	if p != nil && !exited && agentv1.TellsToEnd(req.Signal) {
+		// The guest knows of its end before it is known here.
+		return &supervisorv1.SignalResponse{}, nil
+	}
+	return answer[supervisorv1.SignalResponse](nil, errNotRunning)
+}
+
+// signal lets the guest do it.
+func (s *Supervisor) signal(ctx context.Context, req *supervisorv1.SignalRequest) error {
+	client, ctx, cancel, err := s.alive(ctx, req.Id)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer cancel()
 	_, err = client.SignalProcess(ctx, &agentv1.SignalProcessRequest{ContainerId: req.Id, ExecId: req.ExecId, Signal: req.Signal, All: req.All})
-	if c := status.Code(err); c == codes.NotFound || c == codes.FailedPrecondition {
-		err = errNotRunning
-	}
-	return answer(&supervisorv1.SignalResponse{}, err)
+	return err
 }
 
-// tellToEnd notes a signal that does. ended says that the process has ended in the
-// guest before: nobody there could take the signal.
+// tellToEnd notes a signal that does. ended says that it was one, and that the process
+// has ended in the guest before: nobody there could take the signal.
 func (s *Supervisor) tellToEnd(req *supervisorv1.SignalRequest) (ended bool) {
+	if !agentv1.TellsToEnd(req.Signal) {
+		return false
+	}
 	s.mu.Lock()
 	var ps []*process
 	for k, p := range s.processes {

@@ -286,9 +286,10 @@ func (r *rt) killAtEnd(pid int) {
 // awaitEnd waits for the end of a process.
 func awaitEnd(t *testing.T, pidfd int) {
 	t.Helper()
-	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 20000); n != 1 {
-		t.Fatalf("the process does not end: %v", err)
-	}
+	waitFor(t, "the end of the process", func() bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 100)
+		return n == 1 && err == nil
+	})
 }
 
 // fifo makes one that nobody reads yet.
@@ -632,10 +633,15 @@ func TestShimOutput(t *testing.T) {
 	defer never.Close()
 	p.add(&taskapi.ExecProcessRequest{ID: id, ExecID: "unread", Stdout: path}, "yes")
 	p.begin(id, "unread")
-	waitFor(t, "the program to write", func() bool {
-		n, err := unix.IoctlGetInt(int(never.Fd()), unix.TIOCINQ)
-		return err == nil && n > 60_000
+	full, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the fifo to be full", func() bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(full.Fd()), Events: unix.POLLOUT}}, 0)
+		return n == 0 && err == nil
 	})
+	full.Close()
 	if _, err := p.Kill(d.ctx, &taskapi.KillRequest{ID: id, ExecID: "unread", Signal: uint32(unix.SIGKILL)}); err != nil {
 		t.Error(err)
 	}
