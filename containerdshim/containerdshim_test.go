@@ -380,12 +380,12 @@ func TestOutputIsTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	x.release()
-	x.awaitTaken(t.Context()) // nobody takes any
+	x.awaitTaken(t.Context(), takenLimit) // nobody takes any
 
 	read := make(chan int)
 	go func() {
 		n := 0
-		for b := make([]byte, size/20); n < size; time.Sleep(takenLimit / 10) {
+		for b := make([]byte, size/20); n < size; time.Sleep(takenStep) {
 			m, err := r.Read(b)
 			if err != nil {
 				break
@@ -394,7 +394,7 @@ func TestOutputIsTaken(t *testing.T) {
 		}
 		read <- n
 	}()
-	x.awaitTaken(t.Context())
+	x.awaitTaken(t.Context(), time.Minute)
 	left, err := unix.IoctlGetInt(int(x.fifos[0].Fd()), unix.TIOCINQ)
 	if err != nil || left != 0 {
 		t.Errorf("%d bytes are left, %v", left, err)

@@ -296,12 +296,12 @@ func (x *stdio) release() {
 }
 
 // awaitTaken waits until the output that is in fifos has been read, or nobody takes
-// any. The kernel tells nobody that a pipe has become empty.
-func (x *stdio) awaitTaken(ctx context.Context) {
+// any for limit. The kernel tells nobody that a pipe has become empty.
+func (x *stdio) awaitTaken(ctx context.Context, limit time.Duration) {
 	step := time.NewTicker(takenStep)
 	defer step.Stop()
 	left, since := -1, time.Now()
-	for time.Since(since) < takenLimit {
+	for time.Since(since) < limit {
 		sum := 0
 		for _, f := range x.fifos {
 			if n, err := unix.IoctlGetInt(int(f.Fd()), unix.TIOCINQ); err == nil {

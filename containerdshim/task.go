@@ -152,7 +152,7 @@ func (s *service) watch(p *process) {
 		if err != nil {
 			log.G(s.ctx).WithError(err).Errorf("container %s", t.id)
 		}
-		p.stdio.awaitTaken(s.ctx)
+		p.stdio.awaitTaken(s.ctx, takenLimit)
 		close(written)
 		p.mu.Lock()
 		p.stdio.closeFiles()

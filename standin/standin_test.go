@@ -304,7 +304,7 @@ func TestUnreadOutput(t *testing.T) {
 		tell(t, cmd)
 		total := 0
 		for b := make([]byte, size/6); ; {
-			time.Sleep(agentv1.UnreadLimit / 4)
+			time.Sleep(agentv1.UnreadLimit / 10)
 			n, err := r.Read(b)
 			total += n
 			if err != nil {

@@ -618,8 +618,10 @@ func TestShimOutput(t *testing.T) {
 	if _, err := p.Wait(d.ctx, &taskapi.WaitRequest{ID: id, ExecID: "slow"}); err != nil {
 		t.Error(err)
 	}
-	// What is read and not yet counted is one piece at most.
-	if n := total.Load(); n < size-size/20 {
+	// The reader may have been kept from reading what the fifo has, and from counting
+	// what it has read.
+	const inFifo = 64 << 10
+	if n := total.Load(); n < size-inFifo-size/20 {
 		t.Errorf("the end is told when %d of %d bytes are read", n, size)
 	}
 	if code := p.finish(id, "slow"); code != 0 {
