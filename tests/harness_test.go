@@ -370,6 +370,19 @@ func (r *rt) start(stdin io.Reader, args ...string) *background {
 	return b
 }
 
+// startExec runs a process in a container in the background, and returns when the
+// command has been told that it runs, which may be after its first output.
+func (r *rt) startExec(id string, args ...string) *background {
+	r.t.Helper()
+	pidFile := filepath.Join(r.dir, r.name()+".pid")
+	b := r.start(nil, append([]string{"exec", "--pid-file", pidFile, id}, args...)...)
+	waitFor(r.t, "the exec", func() bool {
+		_, err := os.Stat(pidFile)
+		return err == nil
+	})
+	return b
+}
+
 // output that the command has written so far.
 func (b *background) output() string {
 	text, err := os.ReadFile(b.out.Name())

@@ -63,8 +63,8 @@ func TestKillAll(t *testing.T) {
 	t.Parallel()
 	r := newRT(t)
 	id := r.running()
-	one := r.start(nil, "exec", id, "sleep", "1001")
-	two := r.start(nil, "exec", id, "sleep", "1002")
+	one := r.startExec(id, "sleep", "1001")
+	two := r.startExec(id, "sleep", "1002")
 	waitFor(t, "both processes", func() bool {
 		out := r.exec(id, "ps")
 		return strings.Contains(out, "1001") && strings.Contains(out, "1002")
@@ -86,7 +86,7 @@ func TestInitEndsAll(t *testing.T) {
 	t.Parallel()
 	r := newRT(t)
 	id := r.running()
-	b := r.start(nil, "exec", id, "sleep", "1000")
+	b := r.startExec(id, "sleep", "1000")
 	waitFor(t, "the process", func() bool { return strings.Contains(r.exec(id, "ps"), "sleep 1000") })
 	r.ok("kill", id, "KILL")
 	if code := b.wait(); code != 137 {

@@ -383,8 +383,7 @@ func TestVirtiofsd(t *testing.T) {
 		{"supervisor", supervisor, 0, ""},
 	} {
 		id := start()
-		b := r.start(nil, "exec", id, "sh", "-c", "echo ready; sleep 1000")
-		waitFor(t, "the exec", func() bool { return strings.Contains(b.output(), "ready") })
+		b := r.startExec(id, "sleep", "1000")
 		if err := syscall.Kill(first(tc.what, tc.nth), syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			t.Fatal(err)
 		}
