@@ -572,12 +572,7 @@ func (a *Agent) delete(id string) error {
 	if err := a.release(c); err != nil {
 		a.log.Printf("container %s: %v", c.id, err)
 	}
-	c.mu.Lock()
-	all := []*process{c.init}
-	for _, p := range c.execs {
-		all = append(all, p)
-	}
-	c.mu.Unlock()
+	all := c.processes()
 	for _, p := range all {
 		_ = p.child.Signal(syscall.SIGKILL)
 		p.abort()

@@ -96,7 +96,6 @@ func TestInitEndsAll(t *testing.T) {
 	r.ok("delete", id)
 }
 
-// delete --force ends a running container.
 // What nobody reads keeps nobody alive who is killed: neither a program that writes,
 // nor what it has written when it has ended.
 func TestKillUnread(t *testing.T) {
@@ -149,6 +148,7 @@ func TestKillUnread(t *testing.T) {
 	}
 }
 
+// delete --force ends a running container.
 func TestDeleteForce(t *testing.T) {
 	t.Parallel()
 	r := newRT(t)
